@@ -1,0 +1,6 @@
+"""DS01's core package: who gets which GPU, and the container on exactly that device.
+
+Pure parts (no I/O, standard library only): units, names, limits, model, placement, accounts_file,
+container_spec. Adapters (one outside thing each): config, accounts, ledger, nvml, cdi, engine,
+events, workspace. Verbs: allocations, containers. Door on a host: cli. Imports point that way only.
+"""

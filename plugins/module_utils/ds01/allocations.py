@@ -1,0 +1,261 @@
+"""The allocation verbs: apply (allocate, hold, activate, release), validate, status.
+
+Decisions are pure (placement, transitions); this file reads the world once, decides under the
+ledger's lock, and carries out: ledger, CDI spec, event. A whole batch is one lock, one NVML session
+and one list of the engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from typing import Any
+
+from . import accounts, config, engine, events, ledger, limits, names, nvml, placement, records, units
+from .cdi import Cdi
+from .errors import Ds01Error, invalid_input
+from .model import Allocation, Device, Gpu, Inventory, Ledger, Refusal
+from .paths import Paths
+from .transitions import Change, Outcome, after, decide, describe, device_problem, hold_ends, refused
+
+_EVENTS = {"granted": "gpu.allocated", "held": "gpu.held", "released": "gpu.released"}
+_NO_GPUS = Inventory((), ())
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A batch decided: what becomes of each change, the ledger after it, NVIDIA's CDI spec."""
+
+    outcomes: Sequence[Outcome]
+    ledger: Ledger
+    spec: Mapping[str, Any] | None
+    now: datetime
+
+
+class Allocations:
+    """The verbs on one host. `clock` gives aware times; everything else follows from `paths`."""
+
+    def __init__(
+        self,
+        paths: Paths,
+        actor: str = "",
+        clock: Callable[[], datetime] = lambda: datetime.now(timezone.utc),
+    ) -> None:
+        self.paths = paths
+        self.clock = clock
+        self.store = ledger.LedgerStore(paths.ledger)
+        self.cdi = Cdi(paths.cdi, paths.nvidia_cdi)
+        self.events = events.EventLog(paths.events, actor or events.actor_from_env())
+        self._config: limits.Config | None = None
+        self._engine: engine.Engine | None = None
+
+    @property
+    def config(self) -> limits.Config:
+        """The limits file, read once a run."""
+        if self._config is None:
+            self._config = config.load(self.paths.config)
+        return self._config
+
+    @property
+    def engine(self) -> engine.Engine:
+        """The Docker engine, connected when first needed."""
+        if self._engine is None:
+            self._engine = engine.connect()
+        return self._engine
+
+    def limits(self, user: str) -> limits.Limits:
+        """One user's resolved limits."""
+        return limits.resolve(self.config, names.canonical_user(user, accounts.lookup))
+
+    def name(self, container: str, user: str | None = None) -> names.ContainerName:
+        """The container that somebody means: a full name, a project with its user, or a project
+        name that only one allocation has."""
+        if user:
+            return names.container_name(container, user, accounts.lookup)
+        if names.SEPARATOR in container:
+            project, owner = names.split(container)
+            return names.container_name(project, owner, accounts.lookup)
+        names.check_project(container)
+        known = self.store.read().allocations
+        matches = sorted(full for full in known if names.split(full)[0] == container)
+        if len(matches) > 1:
+            raise invalid_input(f"{container} is ambiguous: {', '.join(matches)}.", "Add the user.")
+        if not matches:
+            message = f"Nothing is allocated to a container of the project {container!r}."
+            raise Ds01Error("not_allocated", message, "See: ds01 status")
+        return names.ContainerName(container, known[matches[0]].user, matches[0])
+
+    def allocation(self, container: str) -> Allocation | None:
+        return self.store.read().allocations.get(container)
+
+    def apply(self, changes: Sequence[Change]) -> Sequence[Outcome]:
+        """Carry the changes out, in order, under one lock. A refusal does not stop the others."""
+        with contextlib.ExitStack() as stack:
+            driver = stack.enter_context(nvml.session()) if _needs_driver(changes) else None
+            transaction = stack.enter_context(self.store.transaction())
+            before = transaction.ledger
+            plan = self._plan(changes, before, driver)
+            self._withdraw(plan)
+            transaction.commit(plan.ledger, plan.now)
+            try:
+                self._project(plan)
+            except OSError as exc:
+                transaction.commit(before, plan.now)
+                raise Ds01Error(
+                    "permission_denied",
+                    f"The CDI directory {self.paths.cdi} cannot be written: {exc.strerror}.",
+                    "Run as root, or name another directory with DS01_CDI_DIR; nothing was allocated.",
+                ) from None
+        self._record_events(plan)
+        return plan.outcomes
+
+    def preview(self, changes: Sequence[Change]) -> Sequence[Outcome]:
+        """What `apply` would do now. Writes nothing and takes no lock."""
+        with contextlib.ExitStack() as stack:
+            driver = stack.enter_context(nvml.session()) if _needs_driver(changes) else None
+            return self._plan(changes, self.store.read(), driver).outcomes
+
+    def validate(self, name: names.ContainerName, gpu: str | None = None) -> Outcome:
+        """Whether the container's devices still exist, are healthy, and are the ones projected."""
+        allocation = self.allocation(name.full)
+        if allocation is None:
+            return refused(name, Refusal("not_allocated", f"Nothing is allocated to {name.full}.", "See: ds01 status"))
+        wanted = gpu.replace(".", ":") if gpu and not gpu.startswith(("GPU-", "MIG-")) else gpu
+        if wanted and wanted not in (allocation.gpu_id, *(d.uuid for d in allocation.devices)):
+            message = f"{name.full} has {allocation.gpu_id}, not {wanted}."
+            return refused(name, Refusal("not_allocated", message), allocation)
+        with nvml.session() as driver:
+            problem = device_problem(allocation, driver.inventory())
+        if problem:
+            hint = f"Release it, then start the container again: ds01 release --container {name.full}"
+            return refused(name, Refusal("gpu_unhealthy", f"{name.full}: {problem}.", hint), allocation)
+        if self.cdi.projected(name.full) != tuple(d.uuid for d in allocation.devices):
+            message = f"{name.full} has {allocation.gpu_id}, but no CDI device says so: it would not start."
+            hint = f"Mend it with: ds01 allocate --user {name.user} --container {name.project}"
+            return refused(name, Refusal("not_allocated", message, hint), allocation)
+        message = f"{name.full} has {allocation.gpu_id}: present, healthy and projected."
+        return Outcome(name, "granted", message, allocation=allocation, before=allocation)
+
+    def status(self, user: str | None = None) -> dict[str, Any]:
+        """GPUs, devices with who has them, allocations with when their hold ends. Read-only."""
+        now = self.store.read()
+        with nvml.session() as driver:
+            inventory = driver.inventory()
+        ends = hold_ends(now, self.config)
+        shown = sorted((a for a in now.allocations.values() if user in (None, a.user)), key=lambda a: a.container)
+        return {
+            "generation": now.generation,
+            "driver_version": inventory.driver_version,
+            "gpus": [_gpu_row(gpu) for gpu in inventory.gpus],
+            "devices": [_device_row(device, now) for device in inventory.devices],
+            "allocations": [
+                {
+                    **describe(a),
+                    "hold_ends": units.format_time(ends[a.container]) if a.container in ends else None,
+                }
+                for a in shown
+            ],
+        }
+
+    def _plan(self, changes: Sequence[Change], now: Ledger, driver: nvml.Nvml | None) -> _Plan:
+        """Read what the batch needs, once, and fold the decisions over the ledger."""
+        allocating = any(change.state == "allocated" for change in changes)
+        containers = self.engine.containers() if allocating and not engine.disabled() else ()
+        spec = self.cdi.nvidia_spec() if driver else None
+        situation = placement.Situation(
+            ledger=now,
+            inventory=driver.inventory() if driver else _NO_GPUS,
+            policy=self.config.gpu,
+            now=self.clock(),
+            reservations=self.config.reservations,
+            hold_ends=hold_ends(now, self.config),
+        )
+        outcomes = []
+        for change in changes:
+            others = _other_containers(change.name, containers, situation.ledger)
+            outcome = decide(change, self.config, replace(situation, containers=others))
+            outcome = self._projectable(outcome, spec)
+            situation = replace(situation, ledger=after(situation.ledger, outcome))
+            outcomes.append(outcome)
+        return _Plan(outcomes, situation.ledger, spec, situation.now)
+
+    def _projectable(self, outcome: Outcome, spec: Mapping[str, Any] | None) -> Outcome:
+        """A grant that NVIDIA's CDI spec cannot carry would never start: refuse it instead."""
+        if outcome.reason != "granted" or outcome.allocation is None:
+            return outcome
+        if spec is None and engine.disabled():
+            return replace(outcome, warnings=("No NVIDIA CDI spec on this host: no CDI device was written.",))
+        problem = self.cdi.problem([d.uuid for d in outcome.allocation.devices], spec)
+        if problem is None:
+            return outcome
+        hint = "Write it anew with: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
+        return refused(outcome.name, Refusal("driver_unavailable", problem, hint), outcome.before)
+
+    def _withdraw(self, plan: _Plan) -> None:
+        """Before the ledger forgets: killed in between, a container cannot start, rather than may."""
+        for outcome in plan.outcomes:
+            if outcome.ok and outcome.allocation is None:
+                self.cdi.withdraw(outcome.name.full)
+
+    def _project(self, plan: _Plan) -> None:
+        if plan.spec is None:
+            return
+        for outcome in plan.outcomes:
+            if outcome.ok and outcome.allocation:
+                self.cdi.project(outcome.name.full, [d.uuid for d in outcome.allocation.devices], plan.spec)
+
+    def _record_events(self, plan: _Plan) -> None:
+        for outcome in plan.outcomes:
+            event = _EVENTS.get(outcome.reason) if outcome.changed else None
+            if not outcome.ok:
+                event = "gpu.refused"
+            if event is None:
+                continue
+            shown = outcome.allocation or outcome.before
+            self.events.write(
+                event,
+                plan.now,
+                user=outcome.name.user,
+                container=outcome.name.full,
+                devices=[records.device_record(d) for d in shown.devices] if shown else None,
+                reason=outcome.reason,
+                message=outcome.message,
+            )
+
+
+def _needs_driver(changes: Sequence[Change]) -> bool:
+    return any(change.state == "allocated" and change.gpus for change in changes)
+
+
+def _other_containers(name: names.ContainerName, containers: Sequence[engine.Container], now: Ledger) -> int:
+    """The user's containers besides this one: those the engine has, and those granted but not made yet."""
+    existing = {c.name for c in containers if c.user == name.user}
+    promised = {a.container for a in now.of_user(name.user)}
+    return len((existing | promised) - {name.full})
+
+
+def _gpu_row(gpu: Gpu) -> dict[str, Any]:
+    return {
+        "index": gpu.index,
+        "uuid": gpu.uuid,
+        "name": gpu.name,
+        "mig": gpu.mig,
+        "memory_mib": gpu.memory_mib,
+        "health": gpu.health,
+        "health_reason": gpu.health_reason,
+        "utilization": gpu.utilization,
+    }
+
+
+def _device_row(device: Device, now: Ledger) -> dict[str, Any]:
+    holder = now.holder_of(device.uuid)
+    return {
+        **records.device_record(device),
+        "memory_mib": device.memory_mib,
+        "health": device.health,
+        "container": holder.container if holder else None,
+        "user": holder.user if holder else None,
+        "status": holder.status if holder else "free",
+    }

@@ -1,0 +1,144 @@
+"""The projected device: one CDI spec file a container, written from the ledger. An adapter.
+
+Docker resolves `ds01.io/gpu=<container>` at every start, so this file *is* the grant. Its content
+is copied by UUID out of the spec that `nvidia-ctk cdi generate` wrote; nothing is invented here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import Ds01Error
+
+KIND = "ds01.io/gpu"
+NVIDIA_KIND = "nvidia.com/gpu"
+_CDI_VERSION = (0, 6, 0)
+"""The first version that knows a spec's annotations."""
+
+
+class Cdi:
+    """The CDI directory that DS01 writes, and those where NVIDIA's spec may lie."""
+
+    def __init__(self, directory: Path, nvidia_directories: Sequence[Path]) -> None:
+        self._directory = directory
+        self._nvidia_directories = nvidia_directories
+
+    def path(self, container: str) -> Path:
+        return self._directory / f"ds01-{container}.json"
+
+    def nvidia_spec(self) -> Mapping[str, Any] | None:
+        """NVIDIA's spec of this host, the first that is found; None when there is none."""
+        for directory in self._nvidia_directories:
+            for pattern in ("nvidia*.json", "nvidia*.yaml", "nvidia*.yml"):
+                for file in sorted(directory.glob(pattern)):
+                    spec = _read_spec(file)
+                    if spec.get("kind") == NVIDIA_KIND:
+                        return spec
+        return None
+
+    def problem(self, uuids: Iterable[str], spec: Mapping[str, Any] | None) -> str | None:
+        """Why NVIDIA's spec cannot carry these devices, in a sentence; None when it can."""
+        if spec is None:
+            places = " or ".join(str(directory) for directory in self._nvidia_directories)
+            return f"NVIDIA's CDI spec was not found in {places}."
+        known = {device.get("name") for device in spec.get("devices") or []}
+        missing = [uuid for uuid in uuids if uuid not in known]
+        return f"NVIDIA's CDI spec does not hold {', '.join(missing)}." if missing else None
+
+    def project(self, container: str, uuids: Iterable[str], spec: Mapping[str, Any]) -> bool:
+        """Write the container's device; False when the file already says just that.
+
+        `spec` holds every UUID (see `problem`). Raises OSError.
+        """
+        content = json.dumps(_container_spec(container, uuids, spec), indent=1).encode() + b"\n"
+        target = self.path(container)
+        with contextlib.suppress(FileNotFoundError):
+            if target.read_bytes() == content:
+                return False
+        self._directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        # The engine reads every *.json here: the new file must not carry that ending before it is whole.
+        temporary = target.with_suffix(".new")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        with os.fdopen(fd, "wb") as file:
+            os.fchmod(fd, 0o644)
+            file.write(content)
+        temporary.replace(target)
+        return True
+
+    def withdraw(self, container: str) -> bool:
+        """Take the container's device away: its next start fails. False when there was none."""
+        try:
+            self.path(container).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def projected(self, container: str) -> tuple[str, ...] | None:
+        """The UUIDs that the container's next start would get, or None when it would fail."""
+        try:
+            spec = json.loads(self.path(container).read_bytes())
+            return tuple(spec["annotations"]["ds01.io/uuids"].split(","))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def _read_spec(file: Path) -> Mapping[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".json":
+            spec = json.loads(text)
+        else:
+            import yaml
+
+            # nvidia-ctk's YAML is plain; libyaml reads it five times faster where it is there.
+            spec = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
+    except (OSError, ValueError) as exc:
+        raise _stale(f"{file} cannot be read ({exc})") from None
+    except Exception as exc:
+        raise _stale(f"{file} is not a CDI spec ({exc})") from exc
+    return spec if isinstance(spec, dict) else {}
+
+
+def _stale(problem: str) -> Ds01Error:
+    return Ds01Error(
+        "driver_unavailable",
+        f"NVIDIA's CDI spec is not usable: {problem}.",
+        "Write it anew with: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml",
+    )
+
+
+def _container_spec(container: str, uuids: Iterable[str], spec: Mapping[str, Any]) -> dict[str, Any]:
+    uuids = list(uuids)
+    by_name = {device.get("name"): device for device in spec["devices"]}
+    edits = _merged([by_name[uuid].get("containerEdits") or {} for uuid in uuids])
+    return {
+        "cdiVersion": _version(spec.get("cdiVersion")),
+        "kind": KIND,
+        "annotations": {"ds01.io/uuids": ",".join(uuids)},
+        "devices": [{"name": container, "containerEdits": edits}],
+        "containerEdits": spec.get("containerEdits") or {},
+    }
+
+
+def _version(theirs: str | None) -> str:
+    """NVIDIA's spec version, raised to the one that this file needs."""
+    known = tuple(int(part) for part in theirs.split(".")) if theirs else _CDI_VERSION
+    return ".".join(str(part) for part in max(known, _CDI_VERSION))
+
+
+def _merged(edits: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The union of several devices' edits: two slices of one GPU share its node."""
+    merged: dict[str, Any] = {}
+    for edit in edits:
+        for key, values in edit.items():
+            if isinstance(values, list):
+                known = merged.setdefault(key, [])
+                known.extend(value for value in values if value not in known)
+            else:
+                merged[key] = values
+    return merged

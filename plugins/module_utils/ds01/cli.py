@@ -1,0 +1,294 @@
+"""`ds01`: the verbs on a host, or out of a checkout (`bin/ds01`). A thin door: parse, call, print.
+
+Exit codes: 0 done, 1 refused (reason on stderr), 2 usage or config error, 3 engine, driver, ledger
+or lock unavailable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from fractions import Fraction
+from typing import Any
+
+from . import config, units
+from .allocations import Allocations
+from .errors import EXIT_OK, Ds01Error, exit_code
+from .limits import Limits, number_text
+from .paths import Paths
+from .transitions import Change, Outcome
+
+_CONTAINER_HELP = "the project (my-project) or the full name (my-project._.alice)"
+
+
+def _text(value: Any) -> str:
+    """A limit as `ds01 limits` prints it: one spelling of "no limit", everywhere."""
+    if value is None:
+        return "unlimited"
+    if isinstance(value, timedelta):
+        return units.format_duration(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return number_text(value) if isinstance(value, Fraction) else str(value)
+
+
+# `ds01 limits USER` prints these lines; each flag prints one value alone.
+_TABLE: Mapping[str, Callable[[Limits], Any]] = {
+    "User": lambda v: v.user,
+    "Group": lambda v: v.group,
+    "Priority": lambda v: v.priority,
+    "Max MIG Instances": lambda v: v.max_gpus,
+    "Max CPUs": lambda v: v.max_cpus,
+    "Memory": lambda v: v.memory,
+    "Shared Memory": lambda v: v.shm_size,
+    "Max Containers": lambda v: v.max_containers_per_user,
+    "Idle Timeout": lambda v: v.idle_timeout,
+    "GPU Hold After Stop": lambda v: v.gpu_hold_after_stop,
+    "Container Hold After Stop": lambda v: v.container_hold_after_stop,
+}
+_SINGLE: Mapping[str, Callable[[Limits], Any]] = {
+    "group": lambda v: v.group,
+    "priority": lambda v: v.priority,
+    "max-gpus": lambda v: v.max_gpus,
+    "max-gpus-per-container": lambda v: v.max_gpus_per_container,
+    "max-gpu-equivalents": lambda v: v.max_gpu_equivalents,
+    "allow-full-gpu": lambda v: v.allow_full_gpu,
+    "max-containers": lambda v: v.max_containers_per_user,
+    "max-cpus": lambda v: v.max_cpus,
+    "memory": lambda v: v.memory,
+    "gpu-hold-time": lambda v: v.gpu_hold_after_stop,
+    "container-hold-time": lambda v: v.container_hold_after_stop,
+    "idle-timeout": lambda v: v.idle_timeout,
+    "max-runtime": lambda v: v.max_runtime,
+    "slice": lambda v: v.slice,
+}
+
+
+def limits_json(value: Limits) -> dict[str, Any]:
+    """Resolved limits as JSON; null is unlimited, sizes and durations as written with their unit."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, timedelta):
+            return units.format_duration(item)
+        return number_text(item) if isinstance(item, Fraction) else item
+
+    document = {key: plain(item) for key, item in asdict(value).items()}
+    document["max_cpus"] = None if value.max_cpus is None else float(value.max_cpus)
+    return {**document, "slice": value.slice, "docker_args": value.docker_args()}
+
+
+def _cmd_limits(args: argparse.Namespace, ds01: Allocations) -> int:
+    value = ds01.limits(args.user)
+    single = next((name for name in _SINGLE if getattr(args, name.replace("-", "_"))), None)
+    if args.json:
+        _print_json(limits_json(value))
+    elif args.docker_args:
+        print(" ".join(value.docker_args()))
+    elif single:
+        print(_text(_SINGLE[single](value)))
+    else:
+        for label, get in _TABLE.items():
+            print(f"{label}: {_text(get(value))}")
+    return EXIT_OK
+
+
+def _cmd_allocate(args: argparse.Namespace, ds01: Allocations) -> int:
+    change = Change(
+        "allocated",
+        ds01.name(args.container, args.user),
+        gpus=args.gpus,
+        profile=args.profile,
+        priority=args.priority,
+        max_gpus=args.max_gpus,
+        may_raise=os.geteuid() == 0,
+    )
+    return _carry_out(change, args, ds01)
+
+
+def _cmd_move(args: argparse.Namespace, ds01: Allocations) -> int:
+    return _carry_out(Change(args.state, ds01.name(args.container, args.user)), args, ds01)
+
+
+def _carry_out(change: Change, args: argparse.Namespace, ds01: Allocations) -> int:
+    run = ds01.preview if args.dry_run else ds01.apply
+    return _show(run([change])[0], args.json)
+
+
+def _cmd_validate(args: argparse.Namespace, ds01: Allocations) -> int:
+    return _show(ds01.validate(ds01.name(args.container, args.user), args.gpu), args.json)
+
+
+def _cmd_status(args: argparse.Namespace, ds01: Allocations) -> int:
+    status = ds01.status(args.user)
+    if args.json:
+        _print_json(status)
+    else:
+        _print_status(status, args.user)
+    return EXIT_OK
+
+
+def _cmd_config_check(args: argparse.Namespace, ds01: Allocations) -> int:
+    path = args.file or ds01.paths.config
+    checked = config.load(ds01.paths.__class__.from_env({"DS01_CONFIG": str(path)}).config)
+    summary = {"file": str(path), "groups": list(checked.groups), "overrides": list(checked.overrides)}
+    if args.json:
+        _print_json(summary)
+    else:
+        print(f"{path}: valid ({len(checked.groups)} groups, {len(checked.overrides)} user overrides).")
+    return EXIT_OK
+
+
+def _show(outcome: Outcome, as_json: bool) -> int:
+    if as_json:
+        _print_json(outcome.result())
+    elif outcome.ok:
+        print(outcome.message)
+        for warning in outcome.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    if not outcome.ok:
+        _complain(outcome.reason, f"{outcome.message} {outcome.hint}".strip())
+        return exit_code(outcome.reason)
+    return EXIT_OK
+
+
+def _print_status(status: Mapping[str, Any], user: str | None) -> None:
+    from tabulate import tabulate
+
+    devices = [d for d in status["devices"] if user in (None, d["user"])]
+    sick = {g["uuid"]: g for g in status["gpus"] if g["health"] != "ok"}
+    ends = {a["container"]: a["hold_ends"] for a in status["allocations"]}
+    rows = [
+        (
+            d["id"],
+            d["profile"],
+            f"{d['memory_mib'] / 1024:.1f} GiB",
+            d["health"] if d["gpu_uuid"] in sick else d["status"],
+            d["user"],
+            d["container"],
+            ends.get(d["container"]),
+        )
+        for d in devices
+    ]
+    taken = sum(d["status"] != "free" for d in status["devices"])
+    print(f"{taken} of {len(status['devices'])} devices allocated on {len(status['gpus'])} GPUs.")
+    if rows:
+        print(tabulate(rows, headers=["Device", "Profile", "Memory", "State", "User", "Container", "Held until"]))
+    for gpu in status["gpus"]:
+        if gpu["health"] != "ok":
+            print(f"GPU {gpu['index']} is {gpu['health']}: {gpu['health_reason']}.")
+        elif gpu["mig"] and not any(d["gpu_uuid"] == gpu["uuid"] for d in status["devices"]):
+            print(f"GPU {gpu['index']} is in MIG mode and not cut: nothing on it can be allocated.")
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def _complain(reason: str, message: str) -> None:
+    print(f"ds01: {reason}: {message}", file=sys.stderr)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must not be negative")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ds01", description="Shares this server's GPUs.", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[..., int], summary: str, example: str, into: Any = commands) -> Any:
+        command = into.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("--json", action="store_true", help="print JSON")
+        command.set_defaults(run=run)
+        return command
+
+    def add_container(command: Any) -> None:
+        command.add_argument("--container", required=True, metavar="NAME", help=_CONTAINER_HELP)
+        command.add_argument("--user", help="the owner; may be left out with a full or unmistakable name")
+
+    limits = add("limits", _cmd_limits, "Show what a user may have.", "ds01 limits alice --docker-args")
+    limits.add_argument("user")
+    limits.add_argument("--docker-args", action="store_true", help="as docker create flags")
+    for name in _SINGLE:
+        limits.add_argument(f"--{name}", action="store_true", help="this value alone")
+
+    allocate = add(
+        "allocate",
+        _cmd_allocate,
+        "Give a container its devices, all or none.",
+        "ds01 allocate --user alice --container my-project --profile 2g.20gb",
+    )
+    allocate.add_argument("--user", required=True)
+    allocate.add_argument("--container", required=True, metavar="NAME", help=_CONTAINER_HELP)
+    allocate.add_argument("--gpus", type=_positive, default=1, metavar="N", help="devices (default 1; 0: CPU only)")
+    allocate.add_argument("--profile", help="a MIG profile such as 2g.20gb, or full")
+    allocate.add_argument("--max-gpus", type=_positive, metavar="N", help="lower the user's limit (root: raise it)")
+    allocate.add_argument("--priority", type=_positive, metavar="N", help="lower the user's priority (root: raise it)")
+    allocate.add_argument("--dry-run", action="store_true", help="only say what would happen")
+
+    for name, state, summary in (
+        ("release", "released", "Take a container's devices back."),
+        ("mark-stopped", "held", "Say that a container stopped: its hold begins."),
+        ("clear-stopped", "active", "Say that a container runs again: its hold ends."),
+    ):
+        command = add(name, _cmd_move, summary, f"ds01 {name} --container my-project --user alice")
+        add_container(command)
+        command.add_argument("--dry-run", action="store_true", help="only say what would happen")
+        command.set_defaults(state=state)
+
+    validate = add(
+        "validate",
+        _cmd_validate,
+        "Check that a container's devices exist, are healthy and are the ones projected.",
+        "ds01 validate --container my-project --user alice --gpu 0:1",
+    )
+    add_container(validate)
+    validate.add_argument("--gpu", metavar="ID", help="the device it should have (0, 0:1 or a UUID)")
+
+    status = add("status", _cmd_status, "Show devices and who has them.", "ds01 status --user alice")
+    status.add_argument("--user")
+
+    actions = commands.add_parser("config", help="The limits file.", description="The limits file.")
+    check = add(
+        "check",
+        _cmd_config_check,
+        "Check the limits file.",
+        "ds01 config check config/resource-limits.yaml",
+        actions.add_subparsers(dest="action", required=True, metavar="ACTION"),
+    )
+    check.add_argument("file", nargs="?", help="default: the one in force")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args, Allocations(Paths.from_env()))
+    except Ds01Error as exc:
+        if args.json:
+            _print_json({"failed": True, "reason": exc.reason, "msg": str(exc), **exc.details})
+        _complain(exc.reason, str(exc))
+        return exc.exit_code
+    except BrokenPipeError:
+        return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

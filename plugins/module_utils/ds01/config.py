@@ -1,0 +1,131 @@
+"""The limits file on disk: read, checked against its schema, parsed. An adapter."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import limits
+from .errors import Ds01Error
+
+SCHEMA_NAME = "resource-limits.schema.json"
+MAX_BYTES = 4 * 1024 * 1024
+
+
+def _invalid(path: Path, problem: str, hint: str = "") -> Ds01Error:
+    return Ds01Error("config_invalid", f"{path}: {problem}", hint)
+
+
+def _yaml_loader() -> type:
+    """PyYAML's safe loader (the C one where there is one) that refuses a key given twice."""
+    import yaml
+
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen: set[str] = set()
+            for key_node, _ in node.value:
+                key = key_node.value
+                if isinstance(key, str) and key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key!r} is given twice", key_node.start_mark
+                    )
+                seen.add(key if isinstance(key, str) else repr(key))
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
+def read_document(path: Path) -> Mapping[str, Any]:
+    """The YAML document, or Ds01Error `config_invalid` with file and line."""
+    import yaml
+
+    try:
+        data = path.read_bytes()
+    except OSError as exc:
+        raise _invalid(
+            path,
+            f"the limits file cannot be read ({exc.strerror}).",
+            "Deploy it with playbooks/site.yml, or name another with DS01_CONFIG.",
+        ) from None
+    if len(data) > MAX_BYTES:
+        raise _invalid(path, f"the limits file is larger than {MAX_BYTES // 1024**2} MiB.")
+    try:
+        document = yaml.load(data, Loader=_yaml_loader())  # noqa: S506 - a subclass of the safe loader
+    except yaml.MarkedYAMLError as exc:
+        line = f"line {exc.problem_mark.line + 1}: " if exc.problem_mark else ""
+        raise _invalid(path, f"{line}{exc.problem}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        raise _invalid(path, f"this is not YAML: {exc}.") from None
+    if document is None:
+        raise _invalid(
+            path,
+            "the limits file is empty.",
+            "Start from config/resource-limits.yaml; nothing is granted without it.",
+        )
+    return document
+
+
+def _validate(document: Any, schema: Mapping[str, Any], path: Path) -> None:
+    import fastjsonschema
+
+    try:
+        fastjsonschema.compile(schema, use_default=False)(document)
+    except fastjsonschema.JsonSchemaValueException as exc:
+        raise _invalid(path, _explain(exc)) from None
+
+
+def _explain(exc: Any) -> str:
+    """One sentence from a schema error: where, what, and the nearest key that would be valid."""
+    where = ".".join(str(part) for part in exc.path[1:]) or "the file"
+    if exc.rule == "additionalProperties" and isinstance(exc.value, Mapping):
+        known = sorted(exc.definition.get("properties", {}))
+        key = next(str(k) for k in exc.value if k not in known)
+        near = difflib.get_close_matches(key, known, n=1)
+        path = key if where == "the file" else f"{where}.{key}"
+        suggestion = f"; did you mean {near[0]}?" if near else f"; valid here: {', '.join(known)}."
+        return f"{path}: unknown key{suggestion}"
+    expected = exc.definition.get("x-expected") or exc.message.split(" must be ")[-1]
+    return f"{where}: {exc.value!r} is not allowed here; expected {expected}."
+
+
+def _members(directory: Path) -> dict[str, tuple[str, ...]]:
+    """Members by group from `<group>.members` files: a name a line, `#` starts a comment."""
+    if not directory.is_dir():
+        return {}
+    result = {}
+    for file in sorted(directory.glob("*.members")):
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as exc:
+            raise _invalid(file, f"the members file cannot be read ({exc}).") from None
+        stripped = (line.partition("#")[0].strip() for line in lines)
+        result[file.stem] = tuple(name for name in stripped if name)
+    return result
+
+
+def find_schema(config_path: Path) -> Path:
+    """The schema beside the limits file, else the one of the checkout or the installed package."""
+    here = Path(__file__).resolve()
+    candidates = [
+        config_path.parent / SCHEMA_NAME,
+        here.parents[3] / "config" / SCHEMA_NAME,
+        Path("/etc/ds01") / SCHEMA_NAME,
+    ]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise _invalid(config_path, f"{SCHEMA_NAME} was not found beside it.", "Run playbooks/site.yml to install it.")
+
+
+def load(path: Path) -> limits.Config:
+    """The checked configuration. Raises Ds01Error `config_invalid`; never falls back to anything."""
+    document = read_document(path)
+    schema = json.loads(find_schema(path).read_text(encoding="utf-8"))
+    _validate(document, schema, path)
+    try:
+        return limits.parse_config(document, _members(path.parent / "groups"))
+    except Ds01Error as exc:
+        raise _invalid(path, exc.message) from None

@@ -1,0 +1,213 @@
+"""The Docker engine, through the Docker SDK. An adapter: no decisions, every call bounded in time."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tarfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from . import units
+from .errors import Ds01Error
+
+MANAGED = "ds01.managed"
+_TIMEOUT = 60
+_NEVER = "0001-01-01"
+
+
+@dataclass(frozen=True)
+class Container:
+    """One container as the engine shows it. `status`: created, running, paused, restarting,
+    removing, exited or dead; `finished_at` is None until it first stopped."""
+
+    id: str
+    name: str
+    status: str
+    image: str
+    labels: Mapping[str, str]
+    finished_at: datetime | None = None
+
+    @property
+    def user(self) -> str:
+        return self.labels.get("ds01.user", "")
+
+    @property
+    def gpus(self) -> int:
+        """How many devices it asks for."""
+        value = self.labels.get("ds01.gpus", "0")
+        return int(value) if value.isdecimal() else 0
+
+
+@dataclass(frozen=True)
+class Image:
+    id: str
+    labels: Mapping[str, str]
+
+
+class Engine:
+    """A connected engine."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def containers(self) -> tuple[Container, ...]:
+        """DS01's containers in every state, in one call."""
+        with _errors("list containers"):
+            found = self._client.containers(all=True, filters={"label": f"{MANAGED}=true"})
+        return tuple(
+            Container(c["Id"], c["Names"][0].lstrip("/"), c["State"], c["Image"], c.get("Labels") or {})
+            for c in found
+            if c.get("Names")
+        )
+
+    def container(self, name: str) -> Container | None:
+        """One container by its exact name, with its last stop time."""
+
+        try:
+            with _errors(f"inspect {name}"):
+                raw = self._client.inspect_container(name)
+        except _NotFoundError:
+            return None
+        if raw["Name"].lstrip("/") != name:
+            return None  # the engine also matches id prefixes
+        finished = raw["State"].get("FinishedAt") or _NEVER
+        return Container(
+            id=raw["Id"],
+            name=name,
+            status=raw["State"]["Status"],
+            image=raw["Config"]["Image"],
+            labels=raw["Config"].get("Labels") or {},
+            finished_at=None if finished.startswith(_NEVER) else units.parse_time(finished),
+        )
+
+    def image(self, name: str) -> Image | None:
+        """A local image, or None: DS01 never pulls."""
+        try:
+            with _errors(f"inspect image {name}"):
+                raw = self._client.inspect_image(name)
+        except _NotFoundError:
+            return None
+        return Image(raw["Id"], (raw.get("Config") or {}).get("Labels") or {})
+
+    def version(self) -> Mapping[str, Any]:
+        with _errors("read its version"):
+            return self._client.version()
+
+    def create(self, name: str, body: Mapping[str, Any]) -> str:
+        """Create from an API body; the new id."""
+        with _errors(f"create {name}"):
+            return self._client.create_container_from_config(dict(body), name)["Id"]
+
+    def start(self, name: str) -> None:
+        with _errors(f"start {name}"):
+            self._client.start(name)
+
+    def stop(self, name: str, timeout: int) -> None:
+        with _errors(f"stop {name}"):
+            self._client.stop(name, timeout=timeout)
+
+    def remove(self, name: str) -> None:
+        """Remove, running or not. One that is gone already is success."""
+        with contextlib.suppress(_NotFoundError), _errors(f"remove {name}"):
+            self._client.remove_container(name, force=True)
+
+    def read_file(self, name: str, path: str) -> bytes | None:
+        """A file inside a container, running or not; None when there is none."""
+        for _ in range(2):
+            try:
+                with _errors(f"read {path} of {name}"):
+                    stream, stat = self._client.get_archive(name, path)
+                    data = b"".join(stream)
+            except _NotFoundError:
+                return None
+            if not stat.get("linkTarget"):
+                return _single_member(data)
+            path = stat["linkTarget"]
+        return None
+
+    def exists(self, name: str, path: str) -> bool:
+        """Whether a path exists inside a container."""
+        try:
+            with _errors(f"look for {path} in {name}"):
+                stream, _ = self._client.get_archive(name, path)
+                stream.close()
+        except _NotFoundError:
+            return False
+        return True
+
+    def unpack(self, name: str, archive: bytes) -> None:
+        """Unpack a tar archive at the container's root."""
+        with _errors(f"write files into {name}"):
+            self._client.put_archive(name, "/", archive)
+
+
+def _single_member(data: bytes) -> bytes | None:
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        for member in archive:
+            if member.isfile():
+                file = archive.extractfile(member)
+                return file.read() if file else None
+    return None
+
+
+def disabled() -> bool:
+    """Whether this run was told that there is no engine (tests, planning)."""
+    return os.environ.get("DS01_ENGINE") == "none"
+
+
+def connect() -> Engine:
+    """The engine that DOCKER_HOST names, else the local one.
+
+    Raises Ds01Error `engine_unavailable`, or `library_missing` without the Docker SDK.
+    """
+    try:
+        import docker
+    except ImportError:
+        raise Ds01Error(
+            "library_missing",
+            "The Python library docker (the Docker SDK) is missing on this host.",
+            "playbooks/site.yml installs it into /opt/ds01/venv; by hand: pip install docker.",
+        ) from None
+    with _errors("connect"):
+        return Engine(docker.APIClient(**docker.utils.kwargs_from_env(), version="auto", timeout=_TIMEOUT))
+
+
+class _NotFoundError(Exception):
+    """The engine has no such container, image or path."""
+
+
+@contextlib.contextmanager
+def _errors(action: str) -> Iterator[None]:
+    """Turn the SDK's errors into ours, with the engine's own words."""
+    import docker.errors
+    import requests.exceptions
+
+    try:
+        yield
+    except docker.errors.NotFound as exc:
+        if "unresolvable CDI" in str(exc.explanation):
+            raise _no_device(action, exc) from None
+        raise _NotFoundError(str(exc.explanation)) from None
+    except docker.errors.APIError as exc:
+        if "unresolvable CDI" in str(exc.explanation):
+            raise _no_device(action, exc) from None
+        raise Ds01Error("engine_error", f"The Docker engine could not {action}: {exc.explanation}") from None
+    except (docker.errors.DockerException, requests.exceptions.RequestException) as exc:
+        where = os.environ.get("DOCKER_HOST", "its default socket")
+        raise Ds01Error(
+            "engine_unavailable",
+            f"The Docker engine does not answer on {where} (could not {action}): {exc}.",
+            "Check it with: systemctl status docker",
+        ) from None
+
+
+def _no_device(action: str, exc: Any) -> Ds01Error:
+    return Ds01Error(
+        "not_allocated",
+        f"The Docker engine could not {action}: the container has no device now ({exc.explanation}).",
+        "Start it with playbooks/container_start.yml, which allocates one.",
+    )

@@ -1,0 +1,158 @@
+"""The ledger file: locked, atomic, durable. An adapter.
+
+One JSON file, replaced as a whole (write, fsync, rename, fsync of the directory) while a lock on a
+file of its own is held; the previous generation stays beside it. The lock dies with its process,
+and one that cannot be had in time is a refusal, never a way around.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+from . import records
+from .errors import Ds01Error
+from .model import Ledger
+
+LOCK_TIMEOUT = 30.0
+"""Seconds. A decision holds the lock for milliseconds; this is for 1000 callers at once."""
+_POLL = 0.005
+
+
+class Transaction:
+    """The ledger while its lock is held. `commit` writes only what differs."""
+
+    def __init__(self, store: LedgerStore, ledger: Ledger) -> None:
+        self._store = store
+        self.ledger = ledger
+
+    def commit(self, ledger: Ledger, now: datetime) -> bool:
+        """Make `ledger` the truth, durably. False, and the file untouched, when nothing changed."""
+        if ledger.allocations == self.ledger.allocations:
+            return False
+        self.ledger = replace(ledger, generation=self.ledger.generation + 1, boot_id=_boot_id(), last_updated=now)
+        self._store.write(self.ledger)
+        return True
+
+
+class LedgerStore:
+    """The ledger file in its directory (mode 0640 in 0750)."""
+
+    def __init__(self, path: Path, lock_timeout: float = LOCK_TIMEOUT) -> None:
+        self._path = path
+        self._lock_timeout = lock_timeout
+
+    def read(self) -> Ledger:
+        """The present ledger, without the lock: the file is only ever replaced as a whole.
+
+        Raises Ds01Error `ledger_unavailable`; a missing file is an empty ledger.
+        """
+        try:
+            return records.from_json(json.loads(self._path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return Ledger()
+        except OSError as exc:
+            raise self._unreadable(exc.strerror or str(exc), "Run as root.") from None
+        except ValueError as exc:
+            raise self._unreadable(
+                str(exc),
+                f"Nothing is granted from a guess: compare it with {self._previous} (the generation before) "
+                "and the containers' ds01.* labels, then put a good file in its place.",
+            ) from None
+
+    def _unreadable(self, problem: str, hint: str) -> Ds01Error:
+        return Ds01Error("ledger_unavailable", f"The ledger {self._path} cannot be read: {problem}.", hint)
+
+    @property
+    def _previous(self) -> Path:
+        return self._path.with_suffix(".json.prev")
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Hold the lock, and see the ledger as it is. Raises Ds01Error `lock_timeout`."""
+        try:
+            self._path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+            lock = os.open(
+                self._path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640
+            )
+        except OSError as exc:
+            raise Ds01Error(
+                "permission_denied",
+                f"The state directory {self._path.parent} cannot be written: {exc.strerror}.",
+                "Run as root, or name another directory with DS01_STATE_DIR.",
+            ) from None
+        try:
+            self._acquire(lock)
+            yield Transaction(self, self.read())
+        finally:
+            os.close(lock)
+
+    def _acquire(self, lock: int) -> None:
+        deadline = time.monotonic() + self._lock_timeout
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    holder = os.pread(lock, 80, 0).decode(errors="replace").strip() or "another process"
+                    raise Ds01Error(
+                        "lock_timeout",
+                        f"The ledger's lock was held by {holder} for {self._lock_timeout:g} s.",
+                        "Try again; nothing was changed.",
+                    ) from None
+                time.sleep(_POLL)
+            else:
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, f"pid {os.getpid()}".encode(), 0)
+                return
+
+    def write(self, ledger: Ledger) -> None:
+        """Replace the file durably; the old one becomes `.prev`. Only ever called under the lock."""
+        data = json.dumps(records.to_json(ledger), indent=1, sort_keys=False).encode() + b"\n"
+        temporary = self._path.with_suffix(".json.new")
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
+        try:
+            with os.fdopen(fd, "wb") as file:
+                os.fchmod(fd, 0o640)  # whatever the caller's umask
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            self._keep_previous()
+            temporary.replace(self._path)
+            self._sync_directory()
+        except OSError as exc:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise Ds01Error(
+                "ledger_unavailable",
+                f"The ledger {self._path} could not be written: {exc.strerror}.",
+                "Free space on that file system; the former ledger is unchanged.",
+            ) from None
+
+    def _keep_previous(self) -> None:
+        link = self._path.with_suffix(".json.link")
+        with contextlib.suppress(FileNotFoundError):
+            link.unlink()
+        with contextlib.suppress(FileNotFoundError):
+            os.link(self._path, link)
+            link.replace(self._previous)
+
+    def _sync_directory(self) -> None:
+        fd = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _boot_id() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return ""

@@ -1,0 +1,336 @@
+"""Who may have what: the limits file's meaning. Pure.
+
+`parse_config` turns the (already schema-checked) document into a typed `Config`; `resolve` layers
+it key by key for one user: defaults < group < user override. An overridden user keeps the group's
+other values and its name. `None` is unlimited, 0 is zero, and an absent key is the next lower
+layer's value: three different things everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from fractions import Fraction
+from typing import Any
+
+from . import names, units
+from .errors import Ds01Error
+
+RawLayer = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """What all containers of one user may use together: the properties of the user's slice.
+
+    systemd's own forms; None sets no limit.
+    """
+
+    cpu_quota: str | None = None
+    memory_max: str | None = None
+    memory_high: str | None = None
+    tasks_max: int | None = None
+
+    def properties(self) -> dict[str, str]:
+        """systemd unit properties, in a fixed order."""
+        pairs = {
+            "CPUQuota": self.cpu_quota,
+            "MemoryMax": self.memory_max,
+            "MemoryHigh": self.memory_high,
+            "TasksMax": self.tasks_max,
+        }
+        return {key: str(value) for key, value in pairs.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """One user's resolved limits. Sizes stay as written (`64g`); None is unlimited."""
+
+    user: str
+    group: str
+    max_gpus: int | None
+    max_gpus_per_container: int | None
+    max_gpu_equivalents: Fraction | None
+    allow_full_gpu: bool
+    max_cpus: Fraction | None
+    memory: str | None
+    memory_swap: str | None
+    shm_size: str | None
+    pids_limit: int | None
+    max_containers_per_user: int | None
+    idle_timeout: timedelta | None
+    max_runtime: timedelta | None
+    gpu_hold_after_stop: timedelta | None
+    container_hold_after_stop: timedelta | None
+    priority: int
+    aggregate: Aggregate
+
+    @property
+    def slice(self) -> str:
+        return names.user_slice(self.group, self.user)
+
+    def docker_args(self) -> list[str]:
+        """The limits as `docker create` flags; a limit that is null has no flag."""
+        flags = {
+            "cpus": number_text(self.max_cpus) if self.max_cpus is not None else None,
+            "memory": self.memory,
+            "memory-swap": self.memory_swap,
+            "shm-size": self.shm_size,
+            "pids-limit": self.pids_limit,
+            "cgroup-parent": self.slice,
+        }
+        return [f"--{name}={value}" for name, value in flags.items() if value is not None]
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """Devices booked for one user for a time window (start inclusive, end exclusive)."""
+
+    user: str
+    devices: tuple[str, ...]
+    start: datetime
+    end: datetime
+    reason: str = ""
+
+    def covers(self, when: datetime) -> bool:
+        return self.start <= when < self.end
+
+
+@dataclass(frozen=True)
+class Group:
+    members: tuple[str, ...]
+    layer: RawLayer
+    aggregate: RawLayer
+
+
+@dataclass(frozen=True)
+class GpuPolicy:
+    """How devices are chosen. `mig_profile` is what a request without a profile gets where MIG is on."""
+
+    strategy: str = "least_allocated"
+    enable_mig: bool = False
+    mig_profile: str | None = None
+
+
+@dataclass(frozen=True)
+class ContainerDefaults:
+    """What every container gets at its first start, whatever its image.
+
+    `workspace` may use {user}, {home} and {project}; `allowed_mounts` are host directories that a
+    request may mount besides the workspace.
+    """
+
+    shell: str = "/bin/bash"
+    sudo: bool = False
+    workspace: str = "{home}/workspace"
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    allowed_mounts: tuple[str, ...] = ()
+    allow_host_network: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    defaults: RawLayer
+    default_group: str
+    groups: Mapping[str, Group]
+    overrides: Mapping[str, RawLayer]
+    override_aggregates: Mapping[str, RawLayer]
+    reservations: tuple[Reservation, ...]
+    gpu: GpuPolicy
+    containers: ContainerDefaults
+
+    def group_of(self, user: str) -> str:
+        """The first group in the file's order that lists the user, else the default group."""
+        return next((name for name, group in self.groups.items() if user in group.members), self.default_group)
+
+
+# What a key means that no layer sets: the most careful value, never "unlimited".
+_BUILTIN: RawLayer = {
+    "max_gpus": 1,
+    "max_gpus_per_container": 1,
+    "max_gpu_equivalents": None,
+    "allow_full_gpu": False,
+    "max_cpus": 8,
+    "memory": "32g",
+    "shm_size": "16g",
+    "pids_limit": 4096,
+    "max_containers_per_user": 3,
+    "idle_timeout": "48h",
+    "max_runtime": "168h",
+    "gpu_hold_after_stop": "24h",
+    "container_hold_after_stop": "12h",
+    "priority": 10,
+}
+
+_ALIASES = {
+    "max_mig_instances": "max_gpus",
+    "max_gpus_per_user": "max_gpus",
+    "max_mig_per_container": "max_gpus_per_container",
+    "max_gpu_slots_per_container": "max_gpus_per_container",
+    "max_gpu_slots": "max_gpu_equivalents",
+    "cpus": "max_cpus",
+}
+
+_DURATIONS = ("idle_timeout", "max_runtime", "gpu_hold_after_stop", "container_hold_after_stop")
+_SUFFIXES = {f"{key}_{unit}": (key, unit) for key in _DURATIONS for unit in "hms"}
+_NOT_LIMITS = {
+    "members", "aggregate", "reservation_start", "reservation_end", "reserved_gpus", "reason",
+}  # fmt: skip
+
+
+def number_text(value: Fraction) -> str:
+    """`16`, `0.5`: a fraction as people write numbers."""
+    return str(value.numerator) if value.denominator == 1 else str(float(value))
+
+
+def _bad(path: str, problem: str) -> Ds01Error:
+    return Ds01Error("config_invalid", f"{path}: {problem}.")
+
+
+def _layer(raw: RawLayer | None, path: str) -> RawLayer:
+    """A layer under its canonical keys; the same limit under two names is an error."""
+    layer: dict[str, Any] = {}
+    for key, value in (raw or {}).items():
+        if key in _NOT_LIMITS:
+            continue
+        name = _ALIASES.get(key, key)
+        if key in _SUFFIXES:
+            name, unit = _SUFFIXES[key]
+            value = None if value is None else f"{value}{unit}"  # noqa: PLW2901 - the key names its unit
+        if name in layer:
+            raise _bad(f"{path}.{key}", f"{name} is set twice, under an old name and a new one")
+        layer[name] = _checked(name, value, f"{path}.{key}")
+    if "memory" in layer:
+        # Set beside a memory limit, swap goes with it; a lower layer's swap would contradict it.
+        layer.setdefault("memory_swap", layer["memory"])
+    return layer
+
+
+def _checked(name: str, value: Any, path: str) -> Any:
+    """The value with its type made exact; a ValueError becomes an error that names the path."""
+    if value is None:
+        return None
+    try:
+        return _CONVERT.get(name, lambda v: v)(value)
+    except (ValueError, ZeroDivisionError) as exc:
+        raise _bad(path, str(exc)) from None
+
+
+def _size_text(value: str) -> str:
+    units.parse_size(value)
+    return value
+
+
+_CONVERT: dict[str, Callable[[Any], Any]] = {
+    **{key: lambda v: units.parse_duration(str(v)) for key in _DURATIONS},
+    "max_gpu_equivalents": lambda v: Fraction(str(v)),
+    "max_cpus": lambda v: Fraction(str(v)),
+    "memory": _size_text,
+    "memory_swap": _size_text,
+    "shm_size": _size_text,
+}
+
+
+def _reservation(user: str, raw: RawLayer, path: str) -> Reservation | None:
+    if not raw.get("reserved_gpus"):
+        return None
+    try:
+        start, end = units.parse_time(raw["reservation_start"]), units.parse_time(raw["reservation_end"])
+    except KeyError as exc:
+        raise _bad(path, f"reserved_gpus needs {exc.args[0]} as well") from None
+    except ValueError as exc:
+        raise _bad(path, f"a reservation time cannot be read: {exc}") from None
+    if end <= start:
+        raise _bad(path, "reservation_end must be later than reservation_start")
+    devices = tuple(str(d).replace(".", ":") for d in raw["reserved_gpus"])
+    return Reservation(user, devices, start, end, str(raw.get("reason") or ""))
+
+
+def parse_config(document: Mapping[str, Any], members: Mapping[str, tuple[str, ...]] | None = None) -> Config:
+    """The typed configuration of a document that the schema accepts.
+
+    `members` are further members by group (from `groups/<group>.members` files). Every section may
+    be null. Raises Ds01Error `config_invalid` with the path of what is wrong.
+    """
+    groups: Mapping[str, RawLayer | None] = document.get("groups") or {}
+    overrides: Mapping[str, RawLayer | None] = document.get("user_overrides") or {}
+    extra = members or {}
+    unknown = sorted(set(extra) - set(groups))
+    if unknown:
+        raise _bad(f"groups/{unknown[0]}.members", f"there is no group {unknown[0]!r} in the limits file")
+    reservations = (_reservation(u, raw or {}, f"user_overrides.{u}") for u, raw in overrides.items())
+    defaults = dict(_layer(_BUILTIN, "built-in"))
+    defaults.update(_layer(document.get("defaults"), "defaults"))
+    gpu = document.get("gpu_allocation") or {}
+    containers = document.get("containers") or {}
+    return Config(
+        defaults=defaults,
+        default_group=document.get("default_group") or "student",
+        groups={
+            name: Group(
+                members=(*((raw or {}).get("members") or ()), *extra.get(name, ())),
+                layer=_layer(raw, f"groups.{name}"),
+                aggregate=(raw or {}).get("aggregate") or {},
+            )
+            for name, raw in groups.items()
+        },
+        overrides={user: _layer(raw, f"user_overrides.{user}") for user, raw in overrides.items()},
+        override_aggregates={user: (raw or {}).get("aggregate") or {} for user, raw in overrides.items()},
+        reservations=tuple(r for r in reservations if r),
+        gpu=GpuPolicy(**{k: v for k, v in gpu.items() if k in GpuPolicy.__dataclass_fields__}),
+        containers=ContainerDefaults(
+            **{k: tuple(v) if k == "allowed_mounts" else v for k, v in containers.items() if v is not None}
+        ),
+    )
+
+
+def _aggregate(layer: RawLayer, explicit: RawLayer) -> Aggregate:
+    """The slice's limits: what the file says, else one container's limit times their number."""
+    count = layer["max_containers_per_user"]
+
+    def times(key: str, scale: Callable[[Any], Any]) -> Any:
+        return None if count is None or layer[key] is None else scale(layer[key])
+
+    computed = {
+        "cpu_quota": times("max_cpus", lambda v: f"{float(v * count * 100):g}%"),
+        "memory_max": times("memory", lambda v: units.format_size(units.parse_size(v) * count)),
+        "tasks_max": times("pids_limit", lambda v: v * count),
+    }
+    merged = {**computed, **explicit}
+    for key in ("memory_max", "memory_high"):
+        if merged.get(key):
+            merged[key] = units.format_size(units.parse_size(merged[key]))
+    return Aggregate(**{k: v for k, v in merged.items() if k in Aggregate.__dataclass_fields__})
+
+
+def resolve(config: Config, user: str) -> Limits:
+    """One user's limits, layered key by key."""
+    group = config.group_of(user)
+    known = config.groups.get(group)
+    layer = {**config.defaults, **(known.layer if known else {}), **config.overrides.get(user, {})}
+    explicit = {**(known.aggregate if known else {}), **config.override_aggregates.get(user, {})}
+    return Limits(user=user, group=group, aggregate=_aggregate(layer, explicit), **layer)
+
+
+def group_aggregate(config: Config, group: str) -> Aggregate:
+    """What the slice of a user of this group gets, where no override says otherwise."""
+    known = config.groups.get(group)
+    layer = {**config.defaults, **(known.layer if known else {})}
+    return _aggregate(layer, known.aggregate if known else {})
+
+
+def slice_dropins(config: Config) -> dict[str, dict[str, str]]:
+    """Drop-in directory -> slice properties: one for each group, one for each user who differs.
+
+    systemd applies `ds01-<group>-.slice.d/` to every user slice of the group, so a new user needs
+    no file and no daemon-reload.
+    """
+    groups = dict.fromkeys([*config.groups, config.default_group])
+    dropins = {names.group_dropin_dir(g): group_aggregate(config, g).properties() for g in groups}
+    for user in config.overrides:
+        limits = resolve(config, user)
+        if limits.aggregate != group_aggregate(config, limits.group):
+            dropins[f"{limits.slice}.d"] = limits.aggregate.properties()
+    return dropins

@@ -1,0 +1,48 @@
+"""Where things are on this host. `DS01_*` variables move every part, for tests and second installations."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Paths:
+    config: Path
+    state: Path
+    log: Path
+    cdi: Path
+    nvidia_cdi: tuple[Path, ...]
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> Paths:
+        """The installed paths, each overridden by its variable (interfaces: "Files on a host")."""
+        cdi = Path(env.get("DS01_CDI_DIR", "/var/run/cdi"))
+        return cls(
+            config=Path(env.get("DS01_CONFIG") or _default_config()),
+            state=Path(env.get("DS01_STATE_DIR", "/var/lib/ds01")),
+            log=Path(env.get("DS01_LOG_DIR", "/var/log/ds01")),
+            cdi=cdi,
+            nvidia_cdi=(cdi, Path("/etc/cdi")),
+        )
+
+    @property
+    def ledger(self) -> Path:
+        return self.state / "gpu-state.json"
+
+    @property
+    def metadata(self) -> Path:
+        return self.state / "container-metadata"
+
+    @property
+    def events(self) -> Path:
+        return self.log / "events.jsonl"
+
+
+def _default_config() -> Path:
+    """The deployed limits file; in a checkout on a machine without one, the checkout's own."""
+    deployed = Path("/etc/ds01/resource-limits.yaml")
+    checkout = Path(__file__).resolve().parents[3] / "config" / "resource-limits.yaml"
+    return checkout if checkout.is_file() and not deployed.exists() else deployed

@@ -1,0 +1,216 @@
+"""What becomes of one container's allocation: allocated, held, active or released. Pure.
+
+`decide` answers one change with an `Outcome` and never touches anything; a batch folds it over the
+ledger, so that each change sees what those before it took.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+from . import names, placement, records, units
+from .limits import Config, Limits, resolve
+from .model import Allocation, Inventory, Ledger, Refusal, Request
+
+STATES = ("allocated", "held", "active", "released")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one container's allocation should become.
+
+    `priority` and `max_gpus` lower what the limits give; `may_raise` (root) lets them raise it.
+    `stopped_at` is when the container stopped; `container_id` the container that becomes active.
+    """
+
+    state: str
+    name: names.ContainerName
+    gpus: int = 1
+    profile: str | None = None
+    priority: int | None = None
+    max_gpus: int | None = None
+    strategy: str | None = None
+    may_raise: bool = False
+    stopped_at: datetime | None = None
+    container_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one change. `ok` is False for a refusal; `before` is the former allocation."""
+
+    name: names.ContainerName
+    reason: str
+    message: str
+    ok: bool = True
+    allocation: Allocation | None = None
+    before: Allocation | None = None
+    hint: str = ""
+    available_at: datetime | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def changed(self) -> bool:
+        return self.allocation != self.before
+
+    def result(self) -> dict[str, Any]:
+        """The outcome as JSON (`--json`, module results)."""
+        return {
+            "container": self.name.full,
+            "user": self.name.user,
+            "changed": self.changed,
+            "failed": not self.ok,
+            "reason": self.reason,
+            "msg": f"{self.message} {self.hint}".strip(),
+            "allocation": describe(self.allocation) if self.allocation else None,
+            "available_at": units.format_time(self.available_at) if self.available_at else None,
+            "warnings": list(self.warnings),
+        }
+
+
+def describe(allocation: Allocation) -> dict[str, Any]:
+    """An allocation as results show it: the ledger's record and what follows from it."""
+    return {
+        "container": allocation.container,
+        "status": allocation.status,
+        "device": names.cdi_device(allocation.container),
+        **records.record(allocation),
+    }
+
+
+def refused(name: names.ContainerName, refusal: Refusal, allocation: Allocation | None = None) -> Outcome:
+    """A refusal; whatever was allocated before stays as it was."""
+    return Outcome(
+        name,
+        refusal.reason,
+        refusal.message,
+        ok=False,
+        allocation=allocation,
+        before=allocation,
+        hint=refusal.hint,
+        available_at=refusal.available_at,
+    )
+
+
+def decide(change: Change, config: Config, situation: placement.Situation) -> Outcome:
+    """The outcome of one change in this situation."""
+    limits = resolve(config, change.name.user)
+    current = situation.ledger.allocations.get(change.name.full)
+    if change.state == "allocated":
+        return _allocate(change, _adjusted(limits, change), current, situation)
+    if current is None:
+        return _nothing_there(change)
+    if change.state == "held":
+        return _hold(change, limits, current, situation.now)
+    if change.state == "active":
+        return _activate(change, current)
+    return Outcome(change.name, "released", f"Released {current.gpu_id} from {current.container}.", before=current)
+
+
+def after(now: Ledger, outcome: Outcome) -> Ledger:
+    """The ledger once the outcome is carried out."""
+    if outcome.allocation is None:
+        return now.without(outcome.name.full)
+    return now.with_allocation(outcome.allocation)
+
+
+def hold_ends(now: Ledger, config: Config) -> dict[str, datetime]:
+    """When each held allocation runs out; one whose owner's hold is unlimited is absent."""
+    ends = {}
+    for allocation in now.allocations.values():
+        if allocation.stopped_at is not None:
+            hold = resolve(config, allocation.user).gpu_hold_after_stop
+            if hold is not None:
+                ends[allocation.container] = allocation.stopped_at + hold
+    return ends
+
+
+def device_problem(allocation: Allocation, inventory: Inventory) -> str | None:
+    """Why the allocation's devices cannot be used now, or None."""
+    for device in allocation.devices:
+        present = inventory.by_uuid(device.uuid)
+        if present is None:
+            return f"device {device.id} ({device.uuid or 'no UUID recorded'}) is not on this host any more"
+        if present.health != "ok":
+            return f"device {device.id} is {present.health}"
+    return None
+
+
+def _adjusted(limits: Limits, change: Change) -> Limits:
+    """The limits with the request's own, lower ones; root may raise them."""
+
+    def choose(allowed: int | None, asked: int | None) -> int | None:
+        if asked is None or (allowed is not None and asked > allowed and not change.may_raise):
+            return allowed
+        return asked
+
+    priority = choose(limits.priority, change.priority)
+    return replace(
+        limits,
+        max_gpus=choose(limits.max_gpus, change.max_gpus),
+        priority=limits.priority if priority is None else priority,
+    )
+
+
+def _allocate(change: Change, limits: Limits, current: Allocation | None, situation: placement.Situation) -> Outcome:
+    if current is not None:
+        return _already(change, current)
+    if change.strategy:
+        situation = replace(situation, policy=replace(situation.policy, strategy=change.strategy))
+    request = Request(change.name.full, change.name.user, change.gpus, change.profile)
+    decision = placement.decide(request, limits, situation)
+    if isinstance(decision, Refusal):
+        return refused(change.name, decision)
+    if not decision.devices:
+        return Outcome(change.name, "granted", f"{change.name.full} is CPU-only: it gets no GPU.")
+    allocation = Allocation(
+        container=change.name.full,
+        user=change.name.user,
+        devices=decision.devices,
+        priority=limits.priority,
+        allocated_at=situation.now,
+    )
+    what = ", ".join(f"{d.id} ({d.profile})" for d in allocation.devices)
+    return Outcome(change.name, "granted", f"Allocated {what} to {allocation.container}.", allocation=allocation)
+
+
+def _already(change: Change, current: Allocation) -> Outcome:
+    """An allocation is idempotent, but a different wish is a refusal, not a silent yes."""
+    profiles = {d.profile for d in current.devices}
+    if change.gpus == len(current.devices) and (change.profile is None or {change.profile} == profiles):
+        message = f"{current.container} already has {current.gpu_id}."
+        return Outcome(change.name, "already_allocated", message, allocation=current, before=current)
+    has = f"{current.container} already has {current.gpu_id} ({', '.join(sorted(profiles))})"
+    asked = f"{change.gpus} x {change.profile or 'device'}"
+    hint = f"Release it first: ds01 release --container {current.container}"
+    return refused(change.name, Refusal("already_allocated", f"{has}; {asked} was asked for.", hint), current)
+
+
+def _nothing_there(change: Change) -> Outcome:
+    message = f"Nothing is allocated to {change.name.full}."
+    if change.state == "released":
+        return Outcome(change.name, "not_allocated", message)
+    return refused(change.name, Refusal("not_allocated", message, "See: ds01 status"))
+
+
+def _hold(change: Change, limits: Limits, current: Allocation, now: datetime) -> Outcome:
+    hold = limits.gpu_hold_after_stop
+    if hold is not None and not hold:
+        message = f"Released {current.gpu_id} from {current.container}: {current.user} has no hold after a stop."
+        return Outcome(change.name, "released", message, before=current)
+    if current.stopped_at is not None and change.stopped_at is None:
+        message = f"{current.container} is already held since {units.format_time(current.stopped_at)}."
+        return Outcome(change.name, "held", message, allocation=current, before=current)
+    stopped_at = change.stopped_at or now
+    until = "until it is released" if hold is None else f"until {units.format_time(stopped_at + hold)}"
+    message = f"{current.container} keeps {current.gpu_id} {until}."
+    held = replace(current, stopped_at=stopped_at.replace(microsecond=0))
+    return Outcome(change.name, "held", message, allocation=held, before=current)
+
+
+def _activate(change: Change, current: Allocation) -> Outcome:
+    active = replace(current, stopped_at=None, container_id=change.container_id or current.container_id)
+    message = f"{current.container} uses {current.gpu_id}."
+    return Outcome(change.name, "active", message, allocation=active, before=current)
