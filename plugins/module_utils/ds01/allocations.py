@@ -174,7 +174,7 @@ class Allocations:
         )
         outcomes = []
         for change in changes:
-            others = _other_containers(change.name, containers, situation.ledger)
+            others = other_containers(change.name, containers, situation.ledger)
             outcome = decide(change, self.config, replace(situation, containers=others))
             outcome = self._projectable(outcome, spec)
             situation = replace(situation, ledger=after(situation.ledger, outcome))
@@ -229,7 +229,7 @@ def _needs_driver(changes: Sequence[Change]) -> bool:
     return any(change.state == "allocated" and change.gpus for change in changes)
 
 
-def _other_containers(name: names.ContainerName, containers: Sequence[engine.Container], now: Ledger) -> int:
+def other_containers(name: names.ContainerName, containers: Sequence[engine.Container], now: Ledger) -> int:
     """The user's containers besides this one: those the engine has, and those granted but not made yet."""
     existing = {c.name for c in containers if c.user == name.user}
     promised = {a.container for a in now.of_user(name.user)}

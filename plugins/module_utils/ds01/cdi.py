@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import files
 from .errors import Ds01Error
 
 KIND = "ds01.io/gpu"
@@ -61,13 +61,7 @@ class Cdi:
             if target.read_bytes() == content:
                 return False
         self._directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        # The engine reads every *.json here: the new file must not carry that ending before it is whole.
-        temporary = target.with_suffix(".new")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        with os.fdopen(fd, "wb") as file:
-            os.fchmod(fd, 0o644)
-            file.write(content)
-        temporary.replace(target)
+        files.replace(target, content, 0o644)
         return True
 
     def withdraw(self, container: str) -> bool:

@@ -106,9 +106,23 @@ class Engine:
         with _errors(f"start {name}"):
             self._client.start(name)
 
+    def restart(self, name: str, timeout: int) -> None:
+        """Stop and start; the engine resolves the container's CDI device anew."""
+        with _errors(f"restart {name}"):
+            self._client.restart(name, timeout=timeout)
+
     def stop(self, name: str, timeout: int) -> None:
         with _errors(f"stop {name}"):
             self._client.stop(name, timeout=timeout)
+
+    def unpause(self, name: str) -> None:
+        with _errors(f"unpause {name}"):
+            self._client.unpause(name)
+
+    def last_words(self, name: str) -> str:
+        """The end of the container's output, for an error message."""
+        with _errors(f"read the output of {name}"):
+            return self._client.logs(name, tail=5).decode(errors="replace").strip()
 
     def remove(self, name: str) -> None:
         """Remove, running or not. One that is gone already is success."""

@@ -17,7 +17,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from . import records
+from . import files, records
 from .errors import Ds01Error
 from .model import Ledger
 
@@ -116,20 +116,10 @@ class LedgerStore:
     def write(self, ledger: Ledger) -> None:
         """Replace the file durably; the old one becomes `.prev`. Only ever called under the lock."""
         data = json.dumps(records.to_json(ledger), indent=1, sort_keys=False).encode() + b"\n"
-        temporary = self._path.with_suffix(".json.new")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
         try:
-            with os.fdopen(fd, "wb") as file:
-                os.fchmod(fd, 0o640)  # whatever the caller's umask
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
             self._keep_previous()
-            temporary.replace(self._path)
-            self._sync_directory()
+            files.replace(self._path, data, 0o640, durable=True)
         except OSError as exc:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             raise Ds01Error(
                 "ledger_unavailable",
                 f"The ledger {self._path} could not be written: {exc.strerror}.",
@@ -143,13 +133,6 @@ class LedgerStore:
         with contextlib.suppress(FileNotFoundError):
             os.link(self._path, link)
             link.replace(self._previous)
-
-    def _sync_directory(self) -> None:
-        fd = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 def _boot_id() -> str:

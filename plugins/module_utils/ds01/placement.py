@@ -39,7 +39,7 @@ class Situation:
 
 def decide(request: Request, limits: Limits, situation: Situation) -> Grant | Refusal:
     """All the devices asked for, or none and the reason."""
-    refusal = _containers_allowed(limits, situation.containers)
+    refusal = containers_allowed(limits, situation.containers)
     if refusal or request.gpus == 0:
         return refusal or Grant(())
     wish = wanted_profile(request, situation)
@@ -59,7 +59,8 @@ def wanted_profile(request: Request, situation: Situation) -> str:
     return situation.policy.mig_profile or ANY
 
 
-def _containers_allowed(limits: Limits, containers: int) -> Refusal | None:
+def containers_allowed(limits: Limits, containers: int) -> Refusal | None:
+    """Why the user, who has this many other containers, may not have one more; None when allowed."""
     allowed = limits.max_containers_per_user
     if allowed is None or containers < allowed:
         return None

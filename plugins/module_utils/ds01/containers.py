@@ -1,0 +1,406 @@
+"""The container verbs: present, started, stopped, restarted, absent, each all or nothing.
+
+A wish and what the engine shows become a list of steps (pure); each step does one thing and says
+how to undo it, so that a failure halfway leaves nothing behind. A GPU container asks for its own
+CDI device and never knows which GPU that is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import accounts, container_spec, engine, files, limits, names, placement, units, userdb, workspace
+from .allocations import Allocations, other_containers
+from .container_spec import ContainerRequest, ImageFiles
+from .errors import Ds01Error
+from .transitions import Change, Outcome, describe
+
+STATES = ("present", "started", "stopped", "restarted", "absent")
+RECREATE = ("never", "on_change", "always")
+DEFAULT_STOP_TIMEOUT = 10
+"""Seconds between asking a container to stop and killing it."""
+
+_RUNNING = ("running", "restarting")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What one container should be. `request` is None where no image is named: it has to exist."""
+
+    state: str
+    name: names.ContainerName
+    request: ContainerRequest | None = None
+    stop_timeout: int = DEFAULT_STOP_TIMEOUT
+    recreate: str = "never"
+
+
+@dataclass
+class Report:
+    """What was done for one wish, in order, and what the container is now."""
+
+    name: names.ContainerName
+    actions: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    container: dict[str, Any] | None = None
+    allocation: dict[str, Any] | None = None
+    before: dict[str, Any] = field(default_factory=dict)
+    after: dict[str, Any] = field(default_factory=dict)
+    error: Ds01Error | None = None
+
+    def result(self) -> dict[str, Any]:
+        """The report as JSON (module results)."""
+        words = str(self.error) if self.error else f"{self.name.full}: {', '.join(self.actions) or 'nothing to do'}."
+        return {
+            "name": self.name.full,
+            "changed": bool(self.actions),
+            "failed": self.error is not None,
+            "reason": self.error.reason if self.error else "ok",
+            "msg": words,
+            "actions": self.actions,
+            "container": self.container,
+            "allocation": self.allocation,
+            "warnings": self.warnings,
+        }
+
+
+def steps(wish: Wish, status: str | None, differs: bool) -> tuple[str, ...]:
+    """What has to be done, given the engine's status (None: no container). Pure.
+
+    `differs` says that the container was made from another wish. Raises Ds01Error
+    `container_missing` or `container_busy`.
+    """
+    if wish.state == "absent":
+        return ("remove",) if status else ()
+    if status == "removing":
+        raise Ds01Error("container_busy", f"{wish.name.full} is being removed.", "Try again in a moment.")
+    if status and wish.request and (wish.recreate == "always" or (wish.recreate == "on_change" and differs)):
+        return ("remove", *steps(wish, None, False))
+    if status is None:
+        return _steps_to_make(wish)
+    return _steps_from(wish.state, status)
+
+
+def _steps_to_make(wish: Wish) -> tuple[str, ...]:
+    if wish.request is None or wish.state == "stopped":
+        raise Ds01Error(
+            "container_missing",
+            f"There is no container {wish.name.full}.",
+            "Create it with playbooks/container_create.yml.",
+        )
+    return ("create",) if wish.state == "present" else ("allocate", "create", "start")
+
+
+def _steps_from(state: str, status: str) -> tuple[str, ...]:
+    running = status in (*_RUNNING, "paused")
+    if state == "stopped":
+        return ("stop",) if running else ()
+    if state == "restarted":
+        return ("allocate", "restart") if running else ("allocate", "start")
+    if state == "started":
+        return {"paused": ("unpause",)}.get(status, () if running else ("allocate", "start"))
+    return ()
+
+
+class Containers:
+    """The verbs on one host, beside the allocations they start from and give back to."""
+
+    def __init__(self, allocations: Allocations) -> None:
+        self._allocations = allocations
+
+    def apply(self, wishes: Sequence[Wish]) -> list[Report]:
+        """Carry the wishes out, one after the other. A failure does not stop the others."""
+        return [self._each(wish, self._carry_out) for wish in wishes]
+
+    def preview(self, wishes: Sequence[Wish]) -> list[Report]:
+        """What `apply` would do now; writes nothing."""
+        return [self._each(wish, self._foresee) for wish in wishes]
+
+    def _each(self, wish: Wish, run: Callable[[Wish, _Plan, Report], None]) -> Report:
+        report = Report(wish.name)
+        try:
+            plan = self._plan(wish)
+            report.before = _state(plan.existing)
+            report.warnings.extend(plan.warnings)
+            run(wish, plan, report)
+        except Ds01Error as exc:
+            report.error = exc
+        return report
+
+    def _plan(self, wish: Wish) -> _Plan:
+        existing = self._engine.container(wish.name.full)
+        if existing and existing.labels.get(engine.MANAGED) != "true":
+            raise Ds01Error(
+                "container_foreign",
+                f"A container {existing.name} exists, but DS01 did not make it.",
+                "Rename or remove it with docker, then try again.",
+            )
+        spec = self._spec(wish.request) if wish.request else None
+        differs = bool(existing and spec and existing.labels.get("ds01.intent") != spec["Labels"]["ds01.intent"])
+        plan = _Plan(existing, spec, steps(wish, existing.status if existing else None, differs))
+        if differs and "create" not in plan.steps:
+            plan.warnings.append(
+                f"{wish.name.full} was made from another request; it stays as it is (recreate: {wish.recreate})."
+            )
+        return plan
+
+    def _foresee(self, wish: Wish, plan: _Plan, report: Report) -> None:
+        gpus = _gpus(wish, plan)
+        for step in plan.steps:
+            if step == "allocate":
+                outcome = self._allocations.preview([self._change(wish, plan)])[0]
+                _raise_refusal(outcome)
+                if not outcome.changed:
+                    continue
+            report.actions.append(_DONE[step])
+        report.after = _foreseen(wish, plan, gpus)
+        report.container = _shown(plan.existing)
+
+    def _carry_out(self, wish: Wish, plan: _Plan, report: Report) -> None:
+        with contextlib.ExitStack() as undo:
+            for step in plan.steps:
+                if getattr(self, f"_{step}")(wish, plan, undo):
+                    report.actions.append(_DONE[step])
+            undo.pop_all()
+        container = self._engine.container(wish.name.full) if plan.steps else plan.existing
+        report.container = _shown(container)
+        report.after = _state(container)
+        allocation = self._allocations.allocation(wish.name.full)
+        report.allocation = describe(allocation) if allocation else None
+
+    def _allocate(self, wish: Wish, plan: _Plan, undo: contextlib.ExitStack) -> bool:
+        """Make sure that the container has its devices; those that it did not have are given back on failure."""
+        if not _gpus(wish, plan):
+            return False
+        outcome = self._allocations.apply([self._change(wish, plan)])[0]
+        _raise_refusal(outcome)
+        if outcome.changed:
+            undo.callback(self._allocations.apply, [Change("released", wish.name)])
+        return outcome.changed
+
+    def _create(self, wish: Wish, plan: _Plan, undo: contextlib.ExitStack) -> bool:
+        request, spec = wish.request, plan.spec
+        if request is None or spec is None:
+            raise AssertionError("a container is only ever made from a request")
+        account = _account(wish.name)
+        user_limits = self._allocations.limits(wish.name.user)
+        workspace.ensure(self._workspace(request, account), account)
+        with self._allocations.store.transaction() as transaction:
+            # Counted and made under one lock: two requests at once cannot both be the last allowed one.
+            others = other_containers(wish.name, self._engine.containers(), transaction.ledger)
+            refusal = placement.containers_allowed(user_limits, others)
+            if refusal:
+                raise Ds01Error(refusal.reason, refusal.message, refusal.hint)
+            self._engine.create(wish.name.full, container_spec.stamped(spec, self._allocations.clock()))
+            undo.callback(self._engine.remove, wish.name.full)
+        self._first_start(request, account)
+        undo.callback(self._metadata_path(wish.name).unlink, missing_ok=True)
+        self._write_metadata(request, user_limits)
+        self._event("container.created", wish.name, image=request.image)
+        return True
+
+    def _start(self, wish: Wish, _plan: _Plan, _undo: contextlib.ExitStack) -> bool:
+        self._engine.start(wish.name.full)
+        self._started(wish.name)
+        return True
+
+    def _restart(self, wish: Wish, _plan: _Plan, _undo: contextlib.ExitStack) -> bool:
+        self._engine.restart(wish.name.full, wish.stop_timeout)
+        self._started(wish.name)
+        return True
+
+    def _started(self, name: names.ContainerName) -> None:
+        """It really runs: then its allocation is active."""
+        container = self._engine.container(name.full)
+        if container is None or container.status not in _RUNNING:
+            words = self._engine.last_words(name.full) if container else ""
+            raise Ds01Error(
+                "container_failed",
+                f"{name.full} stopped as soon as it was started{f': {words}' if words else ''}.",
+                "Check the image's entry point and the command.",
+            )
+        if container.gpus:
+            self._allocations.apply([Change("active", name, container_id=container.id)])
+        self._note_device(name)
+        self._event("container.started", name)
+
+    def _unpause(self, wish: Wish, _plan: _Plan, _undo: contextlib.ExitStack) -> bool:
+        self._engine.unpause(wish.name.full)
+        return True
+
+    def _stop(self, wish: Wish, plan: _Plan, _undo: contextlib.ExitStack) -> bool:
+        self._engine.stop(wish.name.full, wish.stop_timeout)
+        container = self._engine.container(wish.name.full)
+        if plan.existing and plan.existing.gpus:
+            stopped_at = container.finished_at if container else None
+            self._allocations.apply([Change("held", wish.name, stopped_at=stopped_at)])
+        self._event("container.stopped", wish.name)
+        return True
+
+    def _remove(self, wish: Wish, plan: _Plan, _undo: contextlib.ExitStack) -> bool:
+        self._engine.remove(wish.name.full)
+        if plan.existing and plan.existing.gpus and "create" not in plan.steps:
+            self._allocations.apply([Change("released", wish.name)])
+        self._metadata_path(wish.name).unlink(missing_ok=True)
+        self._event("container.removed", wish.name)
+        return True
+
+    def _first_start(self, request: ContainerRequest, account: names.Account) -> None:
+        """Make the user known inside before the first process runs: later starts cost nothing."""
+        name, defaults = request.name.full, self._allocations.config.containers
+        read = {key: self._engine.read_file(name, f"/etc/{key}") for key in ("passwd", "group", "shadow")}
+        image = ImageFiles(
+            **{key: None if data is None else data.decode(errors="surrogateescape") for key, data in read.items()},
+            has_shell=self._engine.exists(name, defaults.shell),
+            has_sudo=defaults.sudo and self._engine.exists(name, "/etc/sudoers.d"),
+            has_bashrc=self._engine.exists(name, f"{userdb.home(account)}/.bashrc"),
+        )
+        self._engine.unpack(name, container_spec.first_start(request, account, defaults, image))
+
+    def _spec(self, request: ContainerRequest) -> dict[str, Any]:
+        """The create call for a request; raises Ds01Error for whatever is wrong with it."""
+        defaults = self._allocations.config.containers
+        container_spec.check_image(request.image)
+        container_spec.check_env(request.env)
+        container_spec.check_network(request.network_mode, defaults)
+        mounts = [container_spec.parse_mount(text, defaults) for text in request.mounts]
+        image = self._engine.image(request.image)
+        if image is None:
+            raise Ds01Error(
+                "image_missing",
+                f"There is no image {request.image} on this host.",
+                "Build or load it first (docker build, docker load); see what is there with: docker images",
+            )
+        account = _account(request.name)
+        place = self._workspace(request, account)
+        return container_spec.body(
+            request,
+            account,
+            self._allocations.limits(request.name.user),
+            defaults,
+            [workspace.mount(place, container_spec.WORKSPACE), *mounts],
+            image.labels,
+            workspace.memlock(),
+        )
+
+    def _workspace(self, request: ContainerRequest, account: names.Account) -> str:
+        template = self._allocations.config.containers.workspace
+        return request.workspace or workspace.place(template, request.name.project, account)
+
+    def _change(self, wish: Wish, plan: _Plan) -> Change:
+        """The allocation that this container needs: as requested, else as its labels say."""
+        if wish.request:
+            return Change("allocated", wish.name, gpus=wish.request.gpus, profile=wish.request.profile)
+        labels = plan.existing.labels if plan.existing else {}
+        return Change("allocated", wish.name, gpus=_gpus(wish, plan), profile=labels.get("ds01.profile") or None)
+
+    def _metadata_path(self, name: names.ContainerName) -> Any:
+        return self._allocations.paths.metadata / f"{name.full}.json"
+
+    def _write_metadata(self, request: ContainerRequest, user_limits: limits.Limits) -> None:
+        allocation = self._allocations.allocation(request.name.full)
+        gpu_id = allocation.gpu_id if allocation else None
+        record = container_spec.metadata(request, user_limits, gpu_id, self._allocations.clock())
+        self._put_metadata(request.name, record)
+
+    def _note_device(self, name: names.ContainerName) -> None:
+        """Keep the record's gpu_id true when a start bound the container to another device."""
+        path, allocation = self._metadata_path(name), self._allocations.allocation(name.full)
+        try:
+            record = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            return
+        gpu_id = allocation.gpu_id if allocation else None
+        if record.get("gpu_id") != gpu_id:
+            self._put_metadata(name, {**record, "gpu_id": gpu_id})
+
+    def _put_metadata(self, name: names.ContainerName, record: dict[str, Any]) -> None:
+        path = self._metadata_path(name)
+        path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        files.replace(path, json.dumps(record, indent=1).encode() + b"\n", 0o640)
+
+    def _event(self, event: str, name: names.ContainerName, **fields: Any) -> None:
+        self._allocations.events.write(event, self._allocations.clock(), user=name.user, container=name.full, **fields)
+
+    @property
+    def _engine(self) -> engine.Engine:
+        return self._allocations.engine
+
+
+@dataclass
+class _Plan:
+    """What there is, what would be created, and the steps between."""
+
+    existing: engine.Container | None
+    spec: dict[str, Any] | None
+    steps: tuple[str, ...]
+    warnings: list[str] = field(default_factory=list)
+
+
+_DONE = {
+    "allocate": "allocated",
+    "create": "created",
+    "start": "started",
+    "restart": "restarted",
+    "unpause": "unpaused",
+    "stop": "stopped",
+    "remove": "removed",
+}
+
+
+def _account(name: names.ContainerName) -> names.Account:
+    account = accounts.lookup(name.user)
+    if account is None:
+        raise Ds01Error("unknown_user", f"There is no user {name.user!r} on this host.", "Check with: getent passwd")
+    if account.uid == 0:
+        raise Ds01Error("invalid_input", "Containers are not made for root.", "Name the user they are for.")
+    return account
+
+
+def _gpus(wish: Wish, plan: _Plan) -> int:
+    if wish.request:
+        return wish.request.gpus
+    return plan.existing.gpus if plan.existing else 0
+
+
+def _raise_refusal(outcome: Outcome) -> None:
+    if not outcome.ok:
+        available = units.format_time(outcome.available_at) if outcome.available_at else None
+        raise Ds01Error(outcome.reason, outcome.message, outcome.hint, available_at=available)
+
+
+def _state(container: engine.Container | None) -> dict[str, Any]:
+    """What a diff shows of a container; empty when there is none."""
+    if container is None:
+        return {}
+    return {"name": container.name, "status": container.status, "image": container.image, "gpus": container.gpus}
+
+
+def _foreseen(wish: Wish, plan: _Plan, gpus: int) -> dict[str, Any]:
+    now = _state(plan.existing)
+    if not plan.steps:
+        return now
+    if wish.state == "absent":
+        return {}
+    status = {"present": "created", "stopped": "exited"}.get(wish.state, "running")
+    image = wish.request.image if wish.request and "create" in plan.steps else now.get("image")
+    return {"name": wish.name.full, "status": status, "image": image, "gpus": gpus}
+
+
+def _shown(container: engine.Container | None) -> dict[str, Any] | None:
+    """A container as results show it."""
+    if container is None:
+        return None
+    allocation = container.labels.get("ds01.allocation")
+    return {
+        "name": container.name,
+        "id": container.id,
+        "status": container.status,
+        "image": container.image,
+        "gpus": container.gpus,
+        "device": names.cdi_device(allocation) if allocation else None,
+        "labels": dict(container.labels),
+    }

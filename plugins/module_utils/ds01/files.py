@@ -1,0 +1,39 @@
+"""Files replaced as a whole: readers see the old content or the new, never a part. An adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+
+def replace(path: Path, data: bytes, mode: int, *, durable: bool = False) -> None:
+    """Put `data` in place of `path`'s content, with `mode` whatever the umask. Raises OSError.
+
+    `durable` waits until content and name are on the disk. The temporary name does not carry the
+    target's ending, so that nobody who reads a whole directory takes it for a finished file.
+    """
+    temporary = path.with_name(f".{path.name}.new")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            os.fchmod(fd, mode)
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(fd)
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    if durable:
+        _sync(path.parent)
+
+
+def _sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,78 @@
+"""The user's workspace on the host, and the locked memory that the host can give. An adapter."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+from pathlib import Path
+
+from .container_spec import Mount
+from .errors import Ds01Error
+from .names import Account
+
+_MKDIR_TIMEOUT = 30
+_CAP_SYS_RESOURCE = 24
+
+
+def place(template: str, project: str, account: Account) -> str:
+    """The workspace's path for a user and a project."""
+    return template.format(home=account.home, user=account.name, project=project)
+
+
+def ensure(path: str, account: Account) -> None:
+    """The workspace exists and is the user's own; it is made by the user, never by root.
+
+    Root making or chowning something below a directory that a user writes to would follow that
+    user's symbolic links. Raises Ds01Error `invalid_input`.
+    """
+    if not Path(path).is_absolute() or os.path.normpath(path) != path:
+        raise Ds01Error("invalid_input", f"The workspace {path!r} is not a plain absolute path.")
+    if not Path(path).exists():
+        _make_as(account, path)
+    real = os.path.realpath(path)
+    owner = Path(real).stat().st_uid
+    if not Path(real).is_dir() or owner != account.uid:
+        raise Ds01Error(
+            "invalid_input",
+            f"The workspace {path} is not a directory of {account.name} (it is {real}, of uid {owner}).",
+            "Choose a directory that the user owns.",
+        )
+
+
+def mount(path: str, target: str) -> Mount:
+    """The workspace's mount, links resolved, so that what was checked is what is mounted."""
+    return Mount(os.path.realpath(path), target)
+
+
+def _make_as(account: Account, path: str) -> None:
+    made = subprocess.run(
+        ["/bin/mkdir", "-p", "-m", "0750", "--", path],
+        user=account.uid if os.geteuid() == 0 else None,
+        group=account.gid if os.geteuid() == 0 else None,
+        extra_groups=[] if os.geteuid() == 0 else None,
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=_MKDIR_TIMEOUT,
+        check=False,
+    )
+    if made.returncode:
+        raise Ds01Error(
+            "invalid_input",
+            f"The workspace {path} does not exist and {account.name} cannot make it ({made.stderr.strip()}).",
+            f"Create it for {account.name}, or name another with ds01_workspace.",
+        )
+
+
+def memlock() -> int:
+    """Bytes of locked memory a container may have: -1 (unlimited), or what a host that is itself
+    confined (a container without CAP_SYS_RESOURCE) can pass on."""
+    effective = next(
+        int(line.split()[1], 16)
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        if line.startswith("CapEff:")
+    )
+    if effective >> _CAP_SYS_RESOURCE & 1:
+        return -1
+    return resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
