@@ -1,0 +1,109 @@
+"""Fixtures that every test may use: the core package on the path, and a host in a temporary directory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ansible.module_utils
+import pytest
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULE_UTILS = ROOT / "plugins" / "module_utils"
+
+# `import ds01` as on a host, and `import ansible.module_utils.ds01` as inside a shipped module.
+sys.path[:0] = [str(MODULE_UTILS), str(ROOT / "library")]
+ansible.module_utils.__path__.append(str(MODULE_UTILS))
+
+# A busy machine is slow, not wrong: no test fails because of its duration.
+settings.register_profile("ds01", deadline=None, max_examples=60)
+settings.load_profile("ds01")
+
+
+@dataclass(frozen=True)
+class Host:
+    """One DS01 installation in a temporary directory; `env` names it to a process."""
+
+    root: Path
+    config: Path
+    state: Path
+    log: Path
+    cdi: Path
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {
+            "DS01_CONFIG": str(self.config),
+            "DS01_STATE_DIR": str(self.state),
+            "DS01_LOG_DIR": str(self.log),
+            "DS01_CDI_DIR": str(self.cdi),
+            "DS01_ENGINE": "none",
+        }
+
+    @property
+    def ledger(self) -> Path:
+        return self.state / "gpu-state.json"
+
+    @property
+    def events(self) -> Path:
+        return self.log / "events.jsonl"
+
+    def limits(self, text: str) -> Path:
+        """Write the limits file."""
+        self.config.write_text(text, encoding="utf-8")
+        return self.config
+
+    def tree(self) -> dict[str, tuple[int, bytes]]:
+        """Mode and content of every file, lock files left out: equal trees mean that nothing changed."""
+        return {
+            str(path.relative_to(self.root)): (path.stat().st_mode, path.read_bytes())
+            for path in sorted(self.root.rglob("*"))
+            if path.is_file() and path.suffix != ".lock"
+        }
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """A host with the limits file of this repository, and the environment that points to it."""
+    found = Host(
+        root=tmp_path,
+        config=tmp_path / "etc" / "resource-limits.yaml",
+        state=tmp_path / "state",
+        log=tmp_path / "log",
+        cdi=tmp_path / "cdi",
+    )
+    found.config.parent.mkdir()
+    shutil.copy(ROOT / "config" / "resource-limits.yaml", found.config)
+    for name in [name for name in os.environ if name.startswith("DS01_")]:
+        monkeypatch.delenv(name)
+    for name, value in found.env.items():
+        monkeypatch.setenv(name, value)
+    return found
+
+
+@pytest.fixture
+def timezone_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Move this process to another time zone, and back at the end of the test."""
+    with monkeypatch.context() as patch:
+
+        def move(zone: str) -> None:
+            patch.setenv("TZ", zone)
+            time.tzset()
+
+        yield move
+    time.tzset()
+
+
+@pytest.fixture
+def umask() -> Iterator[Callable[[int], int]]:
+    """Change this process's umask, and back at the end of the test."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield os.umask
+    os.umask(before)
