@@ -14,6 +14,7 @@ from typing import Any
 
 from . import files
 from .errors import Ds01Error
+from .libraries import require
 
 KIND = "ds01.io/gpu"
 NVIDIA_KIND = "nvidia.com/gpu"
@@ -84,26 +85,23 @@ class Cdi:
 def _read_spec(file: Path) -> Mapping[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
-        if file.suffix == ".json":
-            spec = json.loads(text)
-        else:
-            import yaml
-
-            # nvidia-ctk's YAML is plain; libyaml reads it five times faster where it is there.
-            spec = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506
+        spec = json.loads(text) if file.suffix == ".json" else _parse_yaml(text)
     except (OSError, ValueError) as exc:
-        raise _stale(f"{file} cannot be read ({exc})") from None
-    except Exception as exc:
-        raise _stale(f"{file} is not a CDI spec ({exc})") from exc
+        raise Ds01Error(
+            "driver_unavailable",
+            f"NVIDIA's CDI spec {file} cannot be read: {exc}.",
+            f"Write it anew with: nvidia-ctk cdi generate --output={file}",
+        ) from None
     return spec if isinstance(spec, dict) else {}
 
 
-def _stale(problem: str) -> Ds01Error:
-    return Ds01Error(
-        "driver_unavailable",
-        f"NVIDIA's CDI spec is not usable: {problem}.",
-        "Write it anew with: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml",
-    )
+def _parse_yaml(text: str) -> Any:
+    yaml = require("yaml", "PyYAML")
+    try:
+        # libyaml reads it five times faster where it is there.
+        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as exc:
+        raise ValueError(str(exc)) from None
 
 
 def _container_spec(container: str, uuids: Iterable[str], spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from datetime import timedelta
 from fractions import Fraction
 from typing import Any
@@ -19,7 +18,8 @@ from typing import Any
 from . import config, units
 from .allocations import Allocations
 from .errors import EXIT_OK, Ds01Error, exit_code
-from .limits import Limits, number_text
+from .libraries import require
+from .limits import Limits, as_dict, number_text
 from .paths import Paths
 from .transitions import Change, Outcome
 
@@ -69,24 +69,11 @@ _SINGLE: Mapping[str, Callable[[Limits], Any]] = {
 }
 
 
-def limits_json(value: Limits) -> dict[str, Any]:
-    """Resolved limits as JSON; null is unlimited, sizes and durations as written with their unit."""
-
-    def plain(item: Any) -> Any:
-        if isinstance(item, timedelta):
-            return units.format_duration(item)
-        return number_text(item) if isinstance(item, Fraction) else item
-
-    document = {key: plain(item) for key, item in asdict(value).items()}
-    document["max_cpus"] = None if value.max_cpus is None else float(value.max_cpus)
-    return {**document, "slice": value.slice, "docker_args": value.docker_args()}
-
-
 def _cmd_limits(args: argparse.Namespace, ds01: Allocations) -> int:
     value = ds01.limits(args.user)
     single = next((name for name in _SINGLE if getattr(args, name.replace("-", "_"))), None)
     if args.json:
-        _print_json(limits_json(value))
+        _print_json(as_dict(value))
     elif args.docker_args:
         print(" ".join(value.docker_args()))
     elif single:
@@ -157,8 +144,7 @@ def _show(outcome: Outcome, as_json: bool) -> int:
 
 
 def _print_status(status: Mapping[str, Any], user: str | None) -> None:
-    from tabulate import tabulate
-
+    tabulate = require("tabulate", "tabulate").tabulate
     devices = [d for d in status["devices"] if user in (None, d["user"])]
     sick = {g["uuid"]: g for g in status["gpus"] if g["health"] != "ok"}
     ends = {a["container"]: a["hold_ends"] for a in status["allocations"]}

@@ -10,6 +10,7 @@ from typing import Any
 
 from . import limits
 from .errors import Ds01Error
+from .libraries import require
 
 SCHEMA_NAME = "resource-limits.schema.json"
 MAX_BYTES = 4 * 1024 * 1024
@@ -21,7 +22,7 @@ def _invalid(path: Path, problem: str, hint: str = "") -> Ds01Error:
 
 def _yaml_loader() -> type:
     """PyYAML's safe loader (the C one where there is one) that refuses a key given twice."""
-    import yaml
+    yaml = require("yaml", "PyYAML")
 
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -40,8 +41,7 @@ def _yaml_loader() -> type:
 
 def read_document(path: Path) -> Mapping[str, Any]:
     """The YAML document, or Ds01Error `config_invalid` with file and line."""
-    import yaml
-
+    yaml = require("yaml", "PyYAML")
     try:
         data = path.read_bytes()
     except OSError as exc:
@@ -53,7 +53,7 @@ def read_document(path: Path) -> Mapping[str, Any]:
     if len(data) > MAX_BYTES:
         raise _invalid(path, f"the limits file is larger than {MAX_BYTES // 1024**2} MiB.")
     try:
-        document = yaml.load(data, Loader=_yaml_loader())  # noqa: S506 - a subclass of the safe loader
+        document = yaml.load(data, Loader=_yaml_loader())
     except yaml.MarkedYAMLError as exc:
         line = f"line {exc.problem_mark.line + 1}: " if exc.problem_mark else ""
         raise _invalid(path, f"{line}{exc.problem}.") from None
@@ -69,8 +69,7 @@ def read_document(path: Path) -> Mapping[str, Any]:
 
 
 def _validate(document: Any, schema: Mapping[str, Any], path: Path) -> None:
-    import fastjsonschema
-
+    fastjsonschema = require("fastjsonschema", "fastjsonschema")
     try:
         fastjsonschema.compile(schema, use_default=False)(document)
     except fastjsonschema.JsonSchemaValueException as exc:

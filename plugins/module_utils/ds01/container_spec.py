@@ -299,7 +299,7 @@ class _Archive:
         self._tar = tarfile.open(fileobj=self._buffer, mode="w")  # noqa: SIM115 - closed in close()
 
     def file(self, path: str, text: str, mode: int = 0o644, owner: tuple[int, int] = (0, 0)) -> None:
-        data = text.encode()
+        data = text.encode(errors="surrogateescape")
         self._tar.addfile(self._entry(path, mode, owner, size=len(data)), io.BytesIO(data))
 
     def directory(self, path: str, mode: int, owner: tuple[int, int]) -> None:

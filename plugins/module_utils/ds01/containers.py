@@ -74,7 +74,8 @@ def steps(wish: Wish, status: str | None, differs: bool) -> tuple[str, ...]:
     `container_missing` or `container_busy`.
     """
     if wish.state == "absent":
-        return ("remove",) if status else ()
+        # A container that somebody removed by hand may have left its allocation behind.
+        return ("remove", "release") if status else ("release",)
     if status == "removing":
         raise Ds01Error("container_busy", f"{wish.name.full} is being removed.", "Try again in a moment.")
     if status and wish.request and (wish.recreate == "always" or (wish.recreate == "on_change" and differs)):
@@ -150,14 +151,19 @@ class Containers:
     def _foresee(self, wish: Wish, plan: _Plan, report: Report) -> None:
         gpus = _gpus(wish, plan)
         for step in plan.steps:
-            if step == "allocate":
-                outcome = self._allocations.preview([self._change(wish, plan)])[0]
-                _raise_refusal(outcome)
-                if not outcome.changed:
-                    continue
+            if step in ("allocate", "release") and not self._would_change(step, wish, plan):
+                continue
             report.actions.append(_DONE[step])
         report.after = _foreseen(wish, plan, gpus)
         report.container = _shown(plan.existing)
+
+    def _would_change(self, step: str, wish: Wish, plan: _Plan) -> bool:
+        if step == "allocate" and not _gpus(wish, plan):
+            return False
+        change = self._change(wish, plan) if step == "allocate" else Change("released", wish.name)
+        outcome = self._allocations.preview([change])[0]
+        _raise_refusal(outcome)
+        return outcome.changed
 
     def _carry_out(self, wish: Wish, plan: _Plan, report: Report) -> None:
         with contextlib.ExitStack() as undo:
@@ -240,13 +246,14 @@ class Containers:
         self._event("container.stopped", wish.name)
         return True
 
-    def _remove(self, wish: Wish, plan: _Plan, _undo: contextlib.ExitStack) -> bool:
+    def _remove(self, wish: Wish, _plan: _Plan, _undo: contextlib.ExitStack) -> bool:
         self._engine.remove(wish.name.full)
-        if plan.existing and plan.existing.gpus and "create" not in plan.steps:
-            self._allocations.apply([Change("released", wish.name)])
         self._metadata_path(wish.name).unlink(missing_ok=True)
         self._event("container.removed", wish.name)
         return True
+
+    def _release(self, wish: Wish, _plan: _Plan, _undo: contextlib.ExitStack) -> bool:
+        return self._allocations.apply([Change("released", wish.name)])[0].changed
 
     def _first_start(self, request: ContainerRequest, account: names.Account) -> None:
         """Make the user known inside before the first process runs: later starts cost nothing."""
@@ -348,6 +355,7 @@ _DONE = {
     "unpause": "unpaused",
     "stop": "stopped",
     "remove": "removed",
+    "release": "released",
 }
 
 

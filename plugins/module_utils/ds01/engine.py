@@ -13,6 +13,7 @@ from typing import Any
 
 from . import units
 from .errors import Ds01Error
+from .libraries import require
 
 MANAGED = "ds01.managed"
 _TIMEOUT = 60
@@ -178,14 +179,7 @@ def connect() -> Engine:
 
     Raises Ds01Error `engine_unavailable`, or `library_missing` without the Docker SDK.
     """
-    try:
-        import docker
-    except ImportError:
-        raise Ds01Error(
-            "library_missing",
-            "The Python library docker (the Docker SDK) is missing on this host.",
-            "playbooks/site.yml installs it into /opt/ds01/venv; by hand: pip install docker.",
-        ) from None
+    docker = require("docker", "docker")
     with _errors("connect"):
         return Engine(docker.APIClient(**docker.utils.kwargs_from_env(), version="auto", timeout=_TIMEOUT))
 

@@ -42,5 +42,5 @@ def _encode(record: dict[str, object]) -> bytes:
 
 
 def actor_from_env() -> str:
-    """Who is behind this process: sudo's caller, else its own user."""
-    return os.environ.get("SUDO_USER") or os.environ.get("USER") or f"uid {os.getuid()}"
+    """Who is behind this process: whom the playbook names, else sudo's caller, else its own user."""
+    return os.environ.get("DS01_ACTOR") or os.environ.get("SUDO_USER") or os.environ.get("USER") or f"uid {os.getuid()}"

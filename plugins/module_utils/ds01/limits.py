@@ -9,7 +9,7 @@ layer's value: three different things everywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from fractions import Fraction
 from typing import Any
@@ -334,3 +334,16 @@ def slice_dropins(config: Config) -> dict[str, dict[str, str]]:
         if limits.aggregate != group_aggregate(config, limits.group):
             dropins[f"{limits.slice}.d"] = limits.aggregate.properties()
     return dropins
+
+
+def as_dict(value: Limits) -> dict[str, Any]:
+    """Resolved limits as JSON; null is unlimited, sizes and durations as written with their unit."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, timedelta):
+            return units.format_duration(item)
+        return number_text(item) if isinstance(item, Fraction) else item
+
+    document = {key: plain(item) for key, item in asdict(value).items()}
+    document["max_cpus"] = None if value.max_cpus is None else float(value.max_cpus)
+    return {**document, "slice": value.slice, "docker_args": value.docker_args()}

@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from .errors import Ds01Error
+from .libraries import require
 from .model import FULL, Device, Gpu, Inventory
 
 _MAX_GI_PROFILES = 64
@@ -31,14 +32,7 @@ _INIT_HINTS = {
 @contextlib.contextmanager
 def session() -> Iterator[Nvml]:
     """An initialised NVML. Raises Ds01Error `driver_unavailable`, or `library_missing` without pynvml."""
-    try:
-        import pynvml
-    except ImportError:
-        raise Ds01Error(
-            "library_missing",
-            "The Python library pynvml is missing on this host.",
-            "playbooks/site.yml installs it into /opt/ds01/venv; by hand: pip install nvidia-ml-py.",
-        ) from None
+    pynvml = require("pynvml", "nvidia-ml-py")
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as exc:

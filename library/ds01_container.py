@@ -1,0 +1,304 @@
+#!/usr/bin/python
+"""Ansible module: a user's container, from created to removed."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: ds01_container
+short_description: Create, start, stop, restart or remove a user's container
+version_added: "0.1.0"
+description:
+  - Makes a container named C(<project>._.<user>) that runs as the user, in the user's systemd slice, with the
+    user's limits in the create call, and that asks for its own CDI device and nothing else.
+  - Starting a GPU container makes sure that it has an allocation; stopping it begins its hold; removing it gives
+    the devices back.
+  - All or nothing. When a step fails, what the call created or allocated is taken back.
+  - The image has to be on the host; nothing is pulled.
+author:
+  - The DS01 authors (@ds01)
+options:
+  state:
+    description:
+      - V(present) creates it, V(started) also starts it.
+      - V(stopped) and V(restarted) need it to exist, except that V(restarted) with O(image) creates it.
+      - V(absent) removes it and releases its devices; its workspace stays.
+    type: str
+    choices: [present, started, stopped, restarted, absent]
+    default: started
+  project:
+    description:
+      - The project, such as V(my-project), or the container's full name.
+    type: str
+  user:
+    description:
+      - The owner's login name or uid. May be left out when O(project) is a full name.
+    type: str
+  image:
+    description:
+      - A local image. Left out, the container has to exist already.
+    type: str
+  gpus:
+    description:
+      - Number of devices; V(0) makes a CPU-only container. Used when the container is created.
+    type: int
+    default: 0
+  profile:
+    description:
+      - The MIG profile of those devices, or V(full). Left out, the limits file decides.
+    type: str
+  workspace:
+    description:
+      - Directory of the user on the host, mounted at C(/workspace). Left out, C(containers.workspace) in the
+        limits file says where; it is created for the user when missing.
+    type: path
+  mounts:
+    description:
+      - Further mounts, C(/source:/target) or C(/source:/target:ro), from directories in
+        C(containers.allowed_mounts) of the limits file.
+    type: list
+    elements: str
+    default: []
+  env:
+    description:
+      - Environment variables. Those that choose GPUs are DS01's and refused.
+    type: dict
+    default: {}
+  ports:
+    description:
+      - Published TCP ports, C(8888:8888) or C(127.0.0.1:8888:8888).
+    type: list
+    elements: str
+    default: []
+  command:
+    description:
+      - The main process. Left out, one that waits for users to come in with C(docker exec).
+    type: list
+    elements: str
+    default: []
+  network_mode:
+    description:
+      - V(host) only where the limits file allows it.
+    type: str
+    choices: [bridge, none, host]
+    default: bridge
+  stop_timeout:
+    description:
+      - Seconds between asking the container to stop and killing it.
+    type: int
+    default: 10
+  recreate:
+    description:
+      - What to do with an existing container that was made from another request. V(never) leaves it and warns;
+        V(on_change) makes it anew, V(always) does so in any case. Files outside C(/workspace) are lost then.
+    type: str
+    choices: [never, on_change, always]
+    default: never
+  containers:
+    description:
+      - Several containers in one call. Each takes the options above. Exclusive with O(project).
+    type: list
+    elements: dict
+    suboptions:
+      state:
+        description: As O(state).
+        type: str
+        choices: [present, started, stopped, restarted, absent]
+        default: started
+      project:
+        description: As O(project).
+        type: str
+        required: true
+      user:
+        description: As O(user).
+        type: str
+      image:
+        description: As O(image).
+        type: str
+      gpus:
+        description: As O(gpus).
+        type: int
+        default: 0
+      profile:
+        description: As O(profile).
+        type: str
+      workspace:
+        description: As O(workspace).
+        type: path
+      mounts:
+        description: As O(mounts).
+        type: list
+        elements: str
+        default: []
+      env:
+        description: As O(env).
+        type: dict
+        default: {}
+      ports:
+        description: As O(ports).
+        type: list
+        elements: str
+        default: []
+      command:
+        description: As O(command).
+        type: list
+        elements: str
+        default: []
+      network_mode:
+        description: As O(network_mode).
+        type: str
+        choices: [bridge, none, host]
+        default: bridge
+      stop_timeout:
+        description: As O(stop_timeout).
+        type: int
+        default: 10
+      recreate:
+        description: As O(recreate).
+        type: str
+        choices: [never, on_change, always]
+        default: never
+extends_documentation_fragment:
+  - ds01
+seealso:
+  - module: ds01_gpu_allocate
+  - module: ds01_info
+"""
+
+EXAMPLES = r"""
+- name: Alice's container, with one device
+  ds01_container:
+    project: my-project
+    user: alice
+    image: ds01-alice/my-project:latest
+    gpus: 1
+
+- name: Stop it; its device is held for a while
+  ds01_container:
+    project: my-project._.alice
+    state: stopped
+
+- name: A course's containers, in one call
+  ds01_container:
+    containers:
+      - {project: lab1, user: alice, image: course:latest, gpus: 1}
+      - {project: lab1, user: carol, image: course:latest}
+"""
+
+RETURN = r"""
+container:
+  description: The container now; null when there is none. With one item only, as are the next four.
+  returned: always
+  type: dict
+  sample:
+    name: my-project._.alice
+    id: 5f2c
+    status: running
+    image: ds01-alice/my-project:latest
+    gpus: 1
+    device: ds01.io/gpu=my-project._.alice
+    labels: {ds01.user: alice}
+allocation:
+  description: The container's allocation, as RV(ds01_gpu_allocate#module:allocation); null when it has none.
+  returned: always
+  type: dict
+actions:
+  description: What was done, in order.
+  returned: always
+  type: list
+  elements: str
+  sample: [allocated, created, started]
+reason:
+  description: V(ok), or the reason code of the failure, such as V(image_missing) or V(no_gpu_available).
+  returned: always
+  type: str
+msg:
+  description: The same in a sentence, with the next step.
+  returned: always
+  type: str
+results:
+  description: One result an item, in order, each with the keys above and C(name), C(changed) and C(failed).
+  returned: always
+  type: list
+  elements: dict
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.ds01.allocations import Allocations
+from ansible.module_utils.ds01.container_spec import ContainerRequest
+from ansible.module_utils.ds01.containers import DEFAULT_STOP_TIMEOUT, RECREATE, STATES, Containers, Report, Wish
+from ansible.module_utils.ds01.errors import Ds01Error, invalid_input
+from ansible.module_utils.ds01.paths import Paths
+from ansible.module_utils.ds01_module import fail, finish
+
+ITEM = {
+    "state": {"type": "str", "choices": list(STATES), "default": "started"},
+    "project": {"type": "str"},
+    "user": {"type": "str"},
+    "image": {"type": "str"},
+    "gpus": {"type": "int", "default": 0},
+    "profile": {"type": "str"},
+    "workspace": {"type": "path"},
+    "mounts": {"type": "list", "elements": "str", "default": []},
+    "env": {"type": "dict", "default": {}},
+    "ports": {"type": "list", "elements": "str", "default": []},
+    "command": {"type": "list", "elements": "str", "default": []},
+    "network_mode": {"type": "str", "choices": ["bridge", "none", "host"], "default": "bridge"},
+    "stop_timeout": {"type": "int", "default": DEFAULT_STOP_TIMEOUT},
+    "recreate": {"type": "str", "choices": list(RECREATE), "default": "never"},
+}
+ARGUMENT_SPEC = {
+    **ITEM,
+    "containers": {
+        "type": "list",
+        "elements": "dict",
+        "options": {**ITEM, "project": {"type": "str", "required": True}},
+    },
+}
+
+
+def to_wish(item: dict, allocations: Allocations) -> Wish:
+    """The wish that one item's options express."""
+    if item["gpus"] < 0 or item["stop_timeout"] < 0:
+        raise invalid_input("gpus and stop_timeout must not be negative.")
+    name = allocations.name(item["project"], item["user"])
+    request = None
+    if item["image"]:
+        request = ContainerRequest(
+            name=name,
+            image=item["image"],
+            gpus=item["gpus"],
+            profile=item["profile"] or None,
+            workspace=item["workspace"],
+            mounts=item["mounts"],
+            env={key: str(value) for key, value in item["env"].items()},
+            ports=item["ports"],
+            command=item["command"],
+            network_mode=item["network_mode"],
+        )
+    return Wish(item["state"], name, request, item["stop_timeout"], item["recreate"])
+
+
+def to_diff(report: Report) -> dict:
+    header = report.name.full
+    return {"before_header": header, "after_header": header, "before": report.before, "after": report.after}
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec=ARGUMENT_SPEC,
+        mutually_exclusive=[("project", "containers")],
+        required_one_of=[("project", "containers")],
+        supports_check_mode=True,
+    )
+    try:
+        allocations = Allocations(Paths.from_env())
+        containers = Containers(allocations)
+        wishes = [to_wish(item, allocations) for item in module.params["containers"] or [module.params]]
+        reports = (containers.preview if module.check_mode else containers.apply)(wishes)
+    except Ds01Error as exc:
+        fail(module, exc)
+    finish(module, [report.result() for report in reports], [to_diff(report) for report in reports])
+
+
+if __name__ == "__main__":
+    main()
