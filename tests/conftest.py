@@ -7,7 +7,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import ansible.module_utils
@@ -18,54 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULE_UTILS = ROOT / "plugins" / "module_utils"
 
 # `import ds01` as on a host, and `import ansible.module_utils.ds01` as inside a shipped module.
-sys.path[:0] = [str(MODULE_UTILS), str(ROOT / "library")]
+sys.path[:0] = [str(MODULE_UTILS), str(ROOT / "library"), str(ROOT / "tests" / "unit")]
 ansible.module_utils.__path__.append(str(MODULE_UTILS))
+
+from support import Host  # noqa: E402 - found on the path above
 
 # A busy machine is slow, not wrong: no test fails because of its duration.
 settings.register_profile("ds01", deadline=None, max_examples=60)
 settings.load_profile("ds01")
-
-
-@dataclass(frozen=True)
-class Host:
-    """One DS01 installation in a temporary directory; `env` names it to a process."""
-
-    root: Path
-    config: Path
-    state: Path
-    log: Path
-    cdi: Path
-
-    @property
-    def env(self) -> dict[str, str]:
-        return {
-            "DS01_CONFIG": str(self.config),
-            "DS01_STATE_DIR": str(self.state),
-            "DS01_LOG_DIR": str(self.log),
-            "DS01_CDI_DIR": str(self.cdi),
-            "DS01_ENGINE": "none",
-        }
-
-    @property
-    def ledger(self) -> Path:
-        return self.state / "gpu-state.json"
-
-    @property
-    def events(self) -> Path:
-        return self.log / "events.jsonl"
-
-    def limits(self, text: str) -> Path:
-        """Write the limits file."""
-        self.config.write_text(text, encoding="utf-8")
-        return self.config
-
-    def tree(self) -> dict[str, tuple[int, bytes]]:
-        """Mode and content of every file, lock files left out: equal trees mean that nothing changed."""
-        return {
-            str(path.relative_to(self.root)): (path.stat().st_mode, path.read_bytes())
-            for path in sorted(self.root.rglob("*"))
-            if path.is_file() and path.suffix != ".lock"
-        }
 
 
 @pytest.fixture
