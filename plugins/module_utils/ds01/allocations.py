@@ -131,7 +131,11 @@ class Allocations:
         if problem:
             hint = f"Release it, then start the container again: ds01 release --container {name.full}"
             return refused(name, Refusal("gpu_unhealthy", f"{name.full}: {problem}.", hint), allocation)
-        if self.cdi.projected(name.full) != tuple(d.uuid for d in allocation.devices):
+        projected = self.cdi.projected(name.full)
+        if projected is None and engine.disabled():
+            message = f"{name.full} has {allocation.gpu_id}: present and healthy; there is no engine to project it for."
+            return Outcome(name, "granted", message, allocation=allocation, before=allocation)
+        if projected != tuple(d.uuid for d in allocation.devices):
             message = f"{name.full} has {allocation.gpu_id}, but no CDI device says so: it would not start."
             hint = f"Mend it with: ds01 allocate --user {name.user} --container {name.project}"
             return refused(name, Refusal("not_allocated", message, hint), allocation)

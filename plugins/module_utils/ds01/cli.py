@@ -102,6 +102,8 @@ def _cmd_move(args: argparse.Namespace, ds01: Allocations) -> int:
 
 
 def _carry_out(change: Change, args: argparse.Namespace, ds01: Allocations) -> int:
+    if args.dry_run:
+        print("Dry run, nothing is changed.", file=sys.stderr)
     run = ds01.preview if args.dry_run else ds01.apply
     return _show(run([change])[0], args.json)
 
