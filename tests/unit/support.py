@@ -1,11 +1,18 @@
-"""What several test files share: a host in a temporary directory."""
+"""What several test files share: a host in a temporary directory, machines and allocations in one line."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
+
+from ds01.limits import Config, Limits, parse_config, resolve
+from ds01.model import FULL, Allocation, Device, Gpu, Inventory, Ledger
 
 ROOT = Path(__file__).resolve().parents[2]
+NOW = datetime(2025, 11, 21, 10, 30, tzinfo=timezone.utc)
 
 
 @dataclass(frozen=True)
@@ -48,3 +55,59 @@ class Host:
             for path in sorted(self.root.rglob("*"))
             if path.is_file() and path.suffix != ".lock"
         }
+
+
+def machine(*gpus: str | list[str], sick: dict[str, str] | None = None) -> Inventory:
+    """A server, a GPU each: "full", or the profiles that it is cut into ([]: MIG mode, not cut).
+
+    `sick` gives devices that are not ok, by id. Devices are listed in NVML's order.
+    """
+    health = sick or {}
+    found, devices = [], []
+    for index, cut in enumerate(gpus):
+        uuid, mig = f"GPU-{index}", cut != "full"
+        found.append(Gpu(index, uuid, "NVIDIA A100-SXM4-80GB", index, mig, 81920, health.get(str(index), "ok")))
+        if not mig:
+            devices.append(Device(str(index), uuid, uuid, FULL, memory_mib=81920, health=health.get(str(index), "ok")))
+            continue
+        for number, profile in enumerate(cut):
+            id_, share = f"{index}:{number}", int(profile.partition("g")[0])
+            devices.append(
+                Device(
+                    id=id_,
+                    uuid=f"MIG-{index}-{number}",
+                    gpu_uuid=uuid,
+                    profile=profile,
+                    placement=(2 * number, 2),
+                    equivalents=Fraction(share, 7),
+                    memory_mib=share * 10240,
+                    health=health.get(id_, "ok"),
+                )
+            )
+    return Inventory(tuple(found), tuple(devices), "550.54")
+
+
+def taken(inventory: Inventory, **holdings: str | Allocation) -> Ledger:
+    """A ledger: user="0:1 0:2" gives the container `p._.user` these devices."""
+    allocations = {}
+    for user, ids in holdings.items():
+        devices = tuple(d for d in inventory.devices if d.id in ids.split())
+        if len(devices) != len(ids.split()):
+            raise ValueError(f"no such devices: {ids}")
+        allocations[f"p._.{user}"] = Allocation(f"p._.{user}", user, devices, 10, NOW, container_id="c0ffee")
+    return Ledger(allocations, generation=1)
+
+
+def config_of(**layer: Any) -> Config:
+    """A configuration of these defaults; sections by their own names."""
+    sections = {key: layer.pop(key) for key in list(layer) if key in _SECTIONS}
+    return parse_config({"defaults": layer, **sections})
+
+
+_SECTIONS = ("groups", "user_overrides", "default_group", "gpu_allocation", "policies")
+_FREE = {"max_gpus": None, "max_gpus_per_container": None, "allow_full_gpu": True, "max_containers_per_user": None}
+
+
+def limits_of(user: str = "alice", **layer: Any) -> Limits:
+    """A user's limits: whatever is not named is unlimited."""
+    return resolve(config_of(**{**_FREE, **layer}), user)
