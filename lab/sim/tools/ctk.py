@@ -65,6 +65,8 @@ class _Spec:
                 entries = [(None, gpu.uuid, [nodes.gpu_node(gpu.minor)])]
             for mig, uuid, paths in entries:
                 edits = self.edits(paths)
+                if not edits["deviceNodes"]:  # an empty device would make the whole specification invalid
+                    continue
                 everything += [node for node in edits["deviceNodes"] if node not in everything]
                 if "index" in strategies:
                     by_name[f"{index}:{mig}" if mig else str(index)] = edits
@@ -93,7 +95,7 @@ def generate(arguments):
     with nvml.Nvml() as driver:
         devices = spec.devices(driver, arguments.device_name_strategy or ["index", "uuid"])
     if not devices:
-        raise UsageError("no devices were found: every GPU is in MIG mode and has no MIG device")
+        raise UsageError("no devices were found")
     content = {"cdiVersion": "0.5.0", "kind": "nvidia.com/gpu", "devices": devices, "containerEdits": spec.common()}
     implied = {".json": "json", ".yaml": "yaml", ".yml": "yaml"}.get(Path(arguments.output).suffix)
     kind = arguments.format or implied or "yaml"

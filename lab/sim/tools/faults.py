@@ -6,6 +6,9 @@ from state import UsageError
 XID_MEANS = {"79": {"lost": "1"}, "63": {"remap_pending": "1"}, "64": {"remap_failed": "1"}}
 
 
+MOST = 200  # of one kind in a state; the library reads some more
+
+
 def _split(value, form, least, most):
     parts = value.split(":")
     if not least <= len(parts) <= most or not all(parts):
@@ -78,9 +81,12 @@ def _process(state, value):
     instance = state.mig(target, mig) if mig else {"gi": "-", "id": "-"}
     if target.get("mig") == "1" and not mig:
         raise UsageError(f"GPU {gpu} is in MIG mode: a process runs on one of its devices, {gpu}.0 for example.")
-    mib, kind = (*more, "0", "C")[:2] if len(more) < 2 else more
+    mib = more[0] if more else "0"
+    kind = more[1] if len(more) > 1 else "C"
     if kind not in ("C", "G", "M"):
         raise UsageError(f"A process is of type C (compute), G (graphics) or M (MPS), not {kind!r}.")
+    if len(state.records["process"]) >= MOST:
+        raise UsageError(f"A machine has at most {MOST} processes.")
     state.records["process"].append(
         {
             "gpu": target["minor"],
@@ -107,7 +113,8 @@ def _xid(state, value):
     gpu, code = _split(value, "GPU:XID", 2, 2)
     target, number = state.gpu(gpu), int(state.driver["next"])
     state.driver["next"] = str(number + 1)
-    state.records["xid"].append({"gpu": target["minor"], "code": _number(code), "number": str(number)})
+    xid = {"gpu": target["minor"], "code": _number(code), "number": str(number)}
+    state.records["xid"] = [*state.records["xid"], xid][-MOST:]
     target.update(XID_MEANS.get(code, {}))
 
 
@@ -125,6 +132,15 @@ def _swap(state, value):
     one, other = _split(value, "GPU:GPU", 2, 2)
     first, second = state.gpus.index(state.gpu(one)), state.gpus.index(state.gpu(other))
     state.gpus[first], state.gpus[second] = state.gpus[second], state.gpus[first]
+
+
+def _reset(state, gpu):
+    target = state.gpu(gpu)
+    if target.get("busy") == "1" or state.of("process", target):
+        raise UsageError(f"GPU {gpu} cannot be reset: a client holds it.")
+    target["mig"] = target["pending"]
+    for kind in ("gi", "ci"):
+        state.records[kind] = [record for record in state.records[kind] if record["gpu"] != target["minor"]]
 
 
 def _heal(state, gpu):
@@ -148,6 +164,7 @@ CHANGES = {
     "healthy": _heal,
     "utilization": _level("utilization"),
     "temperature": _level("temperature"),
+    "reset": _reset,
     "passthrough": _flag("passthrough", "1"),
     "bare-metal": _flag("passthrough", "0"),
     "gap": _gap(True),

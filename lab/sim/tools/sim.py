@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -37,6 +38,7 @@ changes, and what takes them back:
   utilization=0:35  temperature=0:80
   gap=1:0                 no-gap=1:0        nothing at this MIG index: the devices move up
   swap=0:1                swap=0:1          two GPUs change their indices
+  reset=0                                   no instances; a pending MIG mode comes into force
   passthrough=0           bare-metal=0      a MIG mode change waits for a reboot (models that need a reset)
   slow=SECONDS            slow=0            init and every change take that long
   loaded=off  version-mismatch=on           the driver as a whole
@@ -56,6 +58,8 @@ def _gpu(seed, minor, model):
         "model": model,
         "uuid": f"GPU-{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:32]}",
         "pci": f"00000000:{BUSES[minor]:02X}:00.0",
+        "mig": "0",
+        "pending": "0",
         "serial": f"13{int(h[32:48], 16) % 10**11:011d}",
         "temperature": str(30 + minor),
     }
@@ -138,7 +142,7 @@ def init(arguments):
     ]
     state.records["gpu"] = [_gpu(seed, minor, model) for minor, model in enumerate(models)]
     for index in layouts:
-        state.gpus[index].update(mig="1", pending="1")
+        state.gpus[index] |= {"mig": "1", "pending": "1"}
 
     path = arguments.state
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,14 +163,16 @@ def init(arguments):
 
 
 def change(arguments):
-    for text in arguments.change:
-        if text == "reboot":
+    """All of the changes up to a reboot, or none of them."""
+    for reboots, texts in itertools.groupby(arguments.change, key="reboot".__eq__):
+        if reboots:
             os.environ["NVML_SIM_STATE"] = str(arguments.state)
             if nvml.library().nvmlSimReboot():
                 raise UsageError(f"{arguments.state} cannot be rebooted: it is not a state file.")
             continue
         with edit(arguments.state) as state:
-            faults.apply(state, text)
+            for text in texts:
+                faults.apply(state, text)
 
 
 def _picture(state):

@@ -1,11 +1,12 @@
 """nvidia-smi's stand-in: lists the GPUs as the real one does; everything else it refuses."""
 
+import contextlib
 import os
 import sys
 
 import nodes
 import nvml
-from state import DEFAULT, State
+from state import DEFAULT, State, UsageError
 
 HELP = """\
 nvidia-smi of the simulated NVIDIA driver. It knows:
@@ -108,7 +109,8 @@ def main(argv):
         with nvml.Nvml() as driver:
             # The real one has nvidia-modprobe make what is missing; only the installed state is /dev's.
             if os.geteuid() == 0 and not os.environ.get("NVML_SIM_STATE"):
-                nodes.sync(State.read(DEFAULT))
+                with contextlib.suppress(UsageError, OSError):
+                    nodes.sync(State.read(DEFAULT))
             return command(driver)
     except nvml.NvmlError as error:
         if error.code == DRIVER_NOT_LOADED:
