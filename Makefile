@@ -33,3 +33,37 @@ lab-up: env sim ## Start HOSTS=n lab hosts (default 1)
 lab-down: env ## Stop the lab hosts, and the engine if the lab started it
 	@lab/lab down
 
+.PHONY: demo
+demo: env sim ## A lab host, site.yml, a container for alice and a status page
+	@lab/demo
+
+.PHONY: lint
+lint: env ## ruff, yamllint and ansible-lint
+	@echo "== lint"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+	@PATH="$(CURDIR)/$(BIN):$$PATH" yamllint --strict .
+	@PATH="$(CURDIR)/$(BIN):$$PATH" ansible-lint --offline -q
+
+.PHONY: unit
+unit: env sim ## The tests that need neither engine nor root
+	@echo "== unit tests"
+	@$(BIN)/pytest -n 2 tests
+
+.PHONY: molecule
+molecule: env sim ## The Molecule scenarios, on lab hosts (make molecule SCENARIO=default for one)
+	@$(BIN)/pytest -s molecule $(if $(SCENARIO),-k $(SCENARIO))
+
+.PHONY: test
+test: ## Everything that CI runs
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory molecule
+
+.PHONY: bench
+bench: env sim ## Measure, beside the floor and what users had before
+	@$(BIN)/python tests/bench/bench.py
+
+.PHONY: clean
+clean: lab-down ## Remove what was built here (the lab's cached image stays)
+	rm -rf build $(VENV) .cache .pytest_cache .ruff_cache .hypothesis inventory/lab

@@ -118,6 +118,7 @@ def body(
         **defaults.environment,
         **request.env,
         "DS01_CONTAINER": request.name.full,
+        "USER": userdb.login_name(account),
         "ENV": "/etc/ds01/shellrc",  # what an interactive POSIX shell reads
         "NVIDIA_VISIBLE_DEVICES": "void",  # an image's own "all" would ask NVIDIA's runtime for everything
     }

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import accounts, container_spec, engine, files, limits, names, placement, units, userdb, workspace
+from . import accounts, confinement, container_spec, engine, files, limits, names, placement, units, userdb, workspace
 from .allocations import Allocations, other_containers
 from .container_spec import ContainerRequest, ImageFiles
 from .errors import Ds01Error
@@ -53,7 +53,7 @@ class Report:
 
     def result(self) -> dict[str, Any]:
         """The report as JSON (module results)."""
-        words = str(self.error) if self.error else f"{self.name.full}: {', '.join(self.actions) or 'nothing to do'}."
+        words = str(self.error) if self.error else self._summary()
         return {
             "name": self.name.full,
             "changed": bool(self.actions),
@@ -65,6 +65,16 @@ class Report:
             "allocation": self.allocation,
             "warnings": self.warnings,
         }
+
+    def _summary(self) -> str:
+        done = ", ".join(self.actions) or "nothing to do"
+        status = self.after.get("status")
+        if not status:
+            return f"{self.name.full}: {done}."
+        gpu = self.allocation["gpu_id"] if self.allocation else None
+        device = f"with GPU {gpu}" if gpu else "CPU only" if not self.after.get("gpus") else "without a device"
+        way_in = f" Enter it with: docker exec -it {self.name.full} bash (or sh)." if status == "running" else ""
+        return f"{self.name.full}: {done}; now {status}, {device}.{way_in}"
 
 
 def steps(wish: Wish, status: str | None, differs: bool) -> tuple[str, ...]:
@@ -290,7 +300,7 @@ class Containers:
             defaults,
             [workspace.mount(place, container_spec.WORKSPACE), *mounts],
             image.labels,
-            workspace.memlock(),
+            confinement.memlock(),
         )
 
     def _workspace(self, request: ContainerRequest, account: names.Account) -> str:

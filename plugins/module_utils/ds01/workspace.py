@@ -1,9 +1,8 @@
-"""The user's workspace on the host, and the locked memory that the host can give. An adapter."""
+"""The user's workspace on the host. An adapter."""
 
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from .errors import Ds01Error
 from .names import Account
 
 _MKDIR_TIMEOUT = 30
-_CAP_SYS_RESOURCE = 24
 
 
 def place(template: str, project: str, account: Account) -> str:
@@ -63,16 +61,3 @@ def _make_as(account: Account, path: str) -> None:
             f"The workspace {path} does not exist and {account.name} cannot make it ({made.stderr.strip()}).",
             f"Create it for {account.name}, or name another with ds01_workspace.",
         )
-
-
-def memlock() -> int:
-    """Bytes of locked memory a container may have: -1 (unlimited), or what a host that is itself
-    confined (a container without CAP_SYS_RESOURCE) can pass on."""
-    effective = next(
-        int(line.split()[1], 16)
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        if line.startswith("CapEff:")
-    )
-    if effective >> _CAP_SYS_RESOURCE & 1:
-        return -1
-    return resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
