@@ -68,7 +68,7 @@ def machine(*gpus: str | list[str], sick: dict[str, str] | None = None) -> Inven
         uuid, mig = f"GPU-{index}", cut != "full"
         found.append(Gpu(index, uuid, "NVIDIA A100-SXM4-80GB", index, mig, 81920, health.get(str(index), "ok")))
         if not mig:
-            devices.append(Device(str(index), uuid, uuid, FULL, memory_mib=81920, health=health.get(str(index), "ok")))
+            devices.append(Device(str(index), uuid, uuid, FULL, health=health.get(str(index), "ok")))
             continue
         for number, profile in enumerate(cut):
             id_, share = f"{index}:{number}", int(profile.partition("g")[0])
@@ -80,7 +80,6 @@ def machine(*gpus: str | list[str], sick: dict[str, str] | None = None) -> Inven
                     profile=profile,
                     placement=(2 * number, 2),
                     equivalents=Fraction(share, 7),
-                    memory_mib=share * 10240,
                     health=health.get(id_, "ok"),
                 )
             )
