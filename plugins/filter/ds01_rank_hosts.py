@@ -48,7 +48,7 @@ from pathlib import Path
 # Ansible bundles module_utils into modules only; a filter runs on the controller, beside them.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 
-from ds01 import fleet  # noqa: E402
+from ds01 import fleet
 
 
 class FilterModule:

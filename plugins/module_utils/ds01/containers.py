@@ -49,6 +49,7 @@ class Report:
     allocation: dict[str, Any] | None = None
     before: dict[str, Any] = field(default_factory=dict)
     after: dict[str, Any] = field(default_factory=dict)
+    foreseen: bool = False
     error: Ds01Error | None = None
 
     def result(self) -> dict[str, Any]:
@@ -68,13 +69,17 @@ class Report:
 
     def _summary(self) -> str:
         done = ", ".join(self.actions) or "nothing to do"
+        if self.foreseen and self.actions:
+            done = f"would be {done}"
         status = self.after.get("status")
         if not status:
             return f"{self.name.full}: {done}."
         gpu = self.allocation["gpu_id"] if self.allocation else None
-        device = f"with GPU {gpu}" if gpu else "CPU only" if not self.after.get("gpus") else "without a device"
-        way_in = f" Enter it with: docker exec -it {self.name.full} bash (or sh)." if status == "running" else ""
-        return f"{self.name.full}: {done}; now {status}, {device}.{way_in}"
+        device = f"with GPU {gpu}" if gpu else "without a device" if self.after.get("gpus") else "CPU only"
+        text = f"{self.name.full}: {done}; {'then' if self.foreseen else 'now'} {status}, {device}."
+        if status == "running" and not self.foreseen:
+            text += f" Enter it with: docker exec -it {self.name.full} bash (or sh)."
+        return text
 
 
 def steps(wish: Wish, status: str | None, differs: bool) -> tuple[str, ...]:
@@ -159,21 +164,24 @@ class Containers:
         return plan
 
     def _foresee(self, wish: Wish, plan: _Plan, report: Report) -> None:
-        gpus = _gpus(wish, plan)
+        held = self._allocations.allocation(wish.name.full)
+        report.allocation = describe(held) if held else None
         for step in plan.steps:
-            if step in ("allocate", "release") and not self._would_change(step, wish, plan):
-                continue
+            if step in ("allocate", "release"):
+                outcome = self._would_become(step, wish, plan)
+                report.allocation = describe(outcome.allocation) if outcome.allocation else None
+                if not outcome.changed:
+                    continue
             report.actions.append(_DONE[step])
-        report.after = _foreseen(wish, plan, gpus)
+        report.after = _foreseen(wish, plan, _gpus(wish, plan))
         report.container = _shown(plan.existing)
+        report.foreseen = True
 
-    def _would_change(self, step: str, wish: Wish, plan: _Plan) -> bool:
-        if step == "allocate" and not _gpus(wish, plan):
-            return False
+    def _would_become(self, step: str, wish: Wish, plan: _Plan) -> Outcome:
         change = self._change(wish, plan) if step == "allocate" else Change("released", wish.name)
         outcome = self._allocations.preview([change])[0]
         _raise_refusal(outcome)
-        return outcome.changed
+        return outcome
 
     def _carry_out(self, wish: Wish, plan: _Plan, report: Report) -> None:
         with contextlib.ExitStack() as undo:
@@ -188,9 +196,7 @@ class Containers:
         report.allocation = describe(allocation) if allocation else None
 
     def _allocate(self, wish: Wish, plan: _Plan, undo: contextlib.ExitStack) -> bool:
-        """Make sure that the container has its devices; those that it did not have are given back on failure."""
-        if not _gpus(wish, plan):
-            return False
+        """Make sure that the container has its devices; new ones are given back when a later step fails."""
         outcome = self._allocations.apply([self._change(wish, plan)])[0]
         _raise_refusal(outcome)
         if outcome.changed:

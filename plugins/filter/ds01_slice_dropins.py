@@ -1,0 +1,60 @@
+"""Filter for playbooks and templates: the systemd drop-ins that hold users to their limits."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+name: ds01_slice_dropins
+author: The DS01 authors (@ds01)
+version_added: "0.1.0"
+short_description: The systemd drop-ins that hold users to their limits
+description:
+  - Reads the limits file on the controller and says which drop-in directories a host needs - one for each group, which
+    systemd applies to the slices of all its users, and one for each user whose override differs.
+  - A file that is missing or wrong is an error that names the place in the file.
+options:
+  _input:
+    description: Path of the limits file. Its schema and C(groups/*.members) lie beside it.
+    type: path
+    required: true
+"""
+
+EXAMPLES = r"""
+- name: Show the limits of the slices
+  ansible.builtin.debug:
+    msg: "{{ 'config/resource-limits.yaml' | ds01_slice_dropins }}"
+"""
+
+RETURN = r"""
+_value:
+  description: Name of a drop-in directory to the slice's properties. No property is no limit.
+  type: dict
+  sample:
+    ds01-researcher-.slice.d: {CPUQuota: "4800%", MemoryMax: 192G, MemoryHigh: 172G, TasksMax: "12288"}
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from ansible.errors import AnsibleFilterError
+
+# Ansible bundles module_utils into modules only; a filter runs on the controller, beside them.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
+
+from ds01 import config, limits
+from ds01.errors import Ds01Error
+
+
+def ds01_slice_dropins(path: str) -> dict[str, dict[str, Any]]:
+    """Drop-in directory -> properties of the slice."""
+    try:
+        return limits.slice_dropins(config.load(Path(path)))
+    except Ds01Error as exc:
+        raise AnsibleFilterError(str(exc)) from None
+
+
+class FilterModule:
+    """Offers `ds01_slice_dropins`."""
+
+    def filters(self) -> dict:
+        return {"ds01_slice_dropins": ds01_slice_dropins}
