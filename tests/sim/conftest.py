@@ -1,8 +1,10 @@
 """A simulated machine for each test, under the real pynvml."""
 
 import ctypes
+import functools
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pynvml
@@ -39,6 +41,14 @@ def library():
     return ctypes.CDLL(str(OUT / "libnvidia-ml.so.1"))
 
 
+@functools.cache
+def initial(*arguments):
+    """A machine's state as `nvml-sim init` writes it: the same for the same arguments, because of the seed."""
+    with tempfile.TemporaryDirectory() as folder:
+        tool("nvml-sim", "init", f"{folder}/state", "--seed", 1, "--unprivileged", *arguments)
+        return Path(folder, "state").read_text()
+
+
 class Machine:
     def __init__(self, state):
         self.state = state
@@ -70,7 +80,7 @@ def machine(tmp_path, monkeypatch):
 
     def start(*arguments, init=True):
         state = tmp_path / "state"
-        tool("nvml-sim", "init", state, "--seed", 1, "--unprivileged", *arguments)
+        state.write_text(initial(*arguments))
         monkeypatch.setenv("NVML_SIM_STATE", str(state))
         if init:
             pynvml.nvmlInit()

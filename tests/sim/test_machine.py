@@ -238,6 +238,12 @@ def test_a_wrong_change_undoes_those_beside_it(machine):
     started.gpu(0)
 
 
-def test_the_same_seed_gives_the_same_machine(machine):
-    arguments = ("--gpus", "2xA100-SXM4-80GB", "--mig", "1=1g.10gb,2g.20gb")
-    assert machine(*arguments).state.read_text() == machine(*arguments).state.read_text()
+def test_the_same_seed_gives_the_same_machine(tmp_path):
+    def text(seed):
+        state = tmp_path / "state"
+        arguments = ("--gpus", "2xA100-SXM4-80GB", "--mig", "1=1g.10gb,2g.20gb")
+        tool("nvml-sim", "init", state, *arguments, *seed)
+        return state.read_text()
+
+    assert text(("--seed", 7)) == text(("--seed", 7))
+    assert text(()) != text(())

@@ -7,6 +7,7 @@ import stat
 
 import pynvml
 import pytest
+import yaml
 
 from .calls import create_gi
 from .conftest import tool
@@ -132,6 +133,7 @@ def test_every_device_of_the_cdi_spec_has_its_nodes(machine, tmp_path):
     assert listed == sorted(f"nvidia.com/gpu={name}" for name in devices)
     text = spec.with_suffix(".yaml")
     tool("nvidia-ctk", "cdi", "generate", "--output", text, f"--dev-root={root}")
+    assert yaml.safe_load(text.read_text()) == content
     spec.unlink()
     assert tool("nvidia-ctk", "cdi", "list", "--spec-dir", spec.parent).stdout.splitlines() == listed
 

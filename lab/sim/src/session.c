@@ -13,7 +13,6 @@ enum handle_kind { GPU_HANDLE = 1, MIG_HANDLE, GI_HANDLE, CI_HANDLE };
 enum { HANDLE_MARK = 0x5D1 };
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
-static struct state machine;
 static unsigned initialized; /* nvmlInit calls not yet undone; guarded by the mutex */
 
 static void *handle(enum handle_kind kind, unsigned gpu, unsigned gi, unsigned ci)
@@ -55,10 +54,9 @@ nvmlReturn_t session_open(struct session *s)
 {
     pthread_mutex_lock(&mutex);
     s->entered = true;
-    s->state = &machine;
     REQUIRE(initialized, NVML_ERROR_UNINITIALIZED);
-    nvmlReturn_t result = state_refresh(&machine);
-    return result ? result : machine.driver.loaded ? NVML_SUCCESS : NVML_ERROR_DRIVER_NOT_LOADED;
+    nvmlReturn_t result = state_refresh(&s->state);
+    return result ? result : s->state->driver.loaded ? NVML_SUCCESS : NVML_ERROR_DRIVER_NOT_LOADED;
 }
 
 nvmlReturn_t session_enter(struct session *s, const void *pointer, enum want want)
@@ -85,7 +83,7 @@ nvmlReturn_t session_change(struct session *s, const void *pointer, enum want wa
     slow_down(&s->state->driver);
     result = state_lock(&s->lock);
     REQUIRE(!result, result);
-    result = state_refresh(s->state);
+    result = state_refresh(&s->state);
     return result ? result : resolve(s, pointer, want);
 }
 
@@ -158,11 +156,11 @@ NVML_API nvmlInitWithFlags(unsigned int flags)
     SESSION(s);
     pthread_mutex_lock(&mutex);
     s.entered = true;
-    nvmlReturn_t result = state_refresh(&machine);
+    nvmlReturn_t result = state_refresh(&s.state);
     REQUIRE(!result, result);
-    slow_down(&machine.driver);
-    REQUIRE(machine.driver.loaded, NVML_ERROR_DRIVER_NOT_LOADED);
-    REQUIRE(!machine.driver.mismatch, NVML_ERROR_LIB_RM_VERSION_MISMATCH);
+    slow_down(&s.state->driver);
+    REQUIRE(s.state->driver.loaded, NVML_ERROR_DRIVER_NOT_LOADED);
+    REQUIRE(!s.state->driver.mismatch, NVML_ERROR_LIB_RM_VERSION_MISMATCH);
     initialized++;
     return NVML_SUCCESS;
 }

@@ -137,6 +137,7 @@ static bool read_text(struct state *state, char *text)
 
 /* The file last read stays open: its inode cannot be given to a later one, so equal inodes mean the same file.
  * Size and time catch an edit in place, by hand. */
+static struct state machine;
 static int open_file = -1;
 static struct stat seen;
 
@@ -147,10 +148,11 @@ static void forget(void)
     open_file = -1;
 }
 
-nvmlReturn_t state_refresh(struct state *state)
+nvmlReturn_t state_refresh(struct state **state)
 {
     struct stat now;
 
+    *state = &machine;
     if (stat(state_path(), &now))
         return NVML_ERROR_DRIVER_NOT_LOADED;
     if (open_file >= 0 && now.st_ino == seen.st_ino && now.st_dev == seen.st_dev && now.st_size == seen.st_size &&
@@ -167,7 +169,7 @@ nvmlReturn_t state_refresh(struct state *state)
         length += part > 0 ? part : 0;
     }
     text[length] = '\0';
-    bool good = part == 0 && !fstat(file, &now) && read_text(state, text);
+    bool good = part == 0 && !fstat(file, &now) && read_text(&machine, text);
     forget();
     open_file = file;
     seen = now;

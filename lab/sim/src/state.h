@@ -57,8 +57,9 @@ struct state {
     struct xid xids[MAX_XIDS];
 };
 
-/* Bring `state` up to date with the file; cheap when nothing changed. A missing file is a driver that is not loaded. */
-nvmlReturn_t state_refresh(struct state *state);
+/* The machine as the file has it now; cheap when nothing changed. A missing file is a driver that is not loaded. There
+ * is one machine in memory: two threads must not ask at the same time. */
+nvmlReturn_t state_refresh(struct state **state);
 
 /* Hold the file's lock from here to state_unlock: what is read in between is what is changed. */
 nvmlReturn_t state_lock(int *lock);

@@ -5,22 +5,22 @@
  * remapped that waited for it, and MIG mode only on the GPUs that store it. */
 NVML_API nvmlSimReboot(void)
 {
-    static struct state state;
+    struct state *state;
     int lock;
     nvmlReturn_t result = state_lock(&lock);
     REQUIRE(!result, result);
     if (!(result = state_refresh(&state))) {
-        state.gi_count = state.ci_count = state.process_count = state.xid_count = 0;
-        state.driver.boot++;
-        state.driver.loaded = 1;
-        state.driver.mismatch = 0;
-        for (struct gpu *gpu = state.gpus; gpu < state.gpus + state.gpu_count; gpu++) {
+        state->gi_count = state->ci_count = state->process_count = state->xid_count = 0;
+        state->driver.boot++;
+        state->driver.loaded = 1;
+        state->driver.mismatch = 0;
+        for (struct gpu *gpu = state->gpus; gpu < state->gpus + state->gpu_count; gpu++) {
             gpu->mig = gpu->pending = gpu_model(gpu)->reset_for_mig ? gpu->pending : 0;
             gpu->remap_uncorrected += gpu->remap_pending;
             gpu->remap_pending = gpu->retired_pending = 0;
             gpu->lost = gpu->busy = gpu->utilization = gpu->persistence = gpu->holes = 0;
         }
-        result = state_write(&state);
+        result = state_write(state);
     }
     state_unlock(&lock);
     return result;

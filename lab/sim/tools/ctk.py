@@ -51,7 +51,7 @@ class _Spec:
                 _warn(f"Could not locate {path}: pattern {path} not found")
                 continue
             found.append({"path": path} if host == Path(path) else {"path": path, "hostPath": str(host)})
-        return {"deviceNodes": found}
+        return {"deviceNodes": found} if found else {}
 
     def devices(self, driver, strategies):
         by_name, everything = {}, []
@@ -65,7 +65,7 @@ class _Spec:
                 entries = [(None, gpu.uuid, [nodes.gpu_node(gpu.minor)])]
             for mig, uuid, paths in entries:
                 edits = self.edits(paths)
-                if not edits["deviceNodes"]:  # an empty device would make the whole specification invalid
+                if not edits:  # an empty device would make the whole specification invalid
                     continue
                 everything += [node for node in edits["deviceNodes"] if node not in everything]
                 if "index" in strategies:

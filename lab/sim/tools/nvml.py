@@ -2,8 +2,8 @@
 
 import ctypes
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 NOT_SUPPORTED, NOT_FOUND, GPU_IS_LOST = 3, 6, 15
 
@@ -30,8 +30,7 @@ class _ProfileInfo(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True)
-class Mig:
+class Mig(NamedTuple):
     index: int
     uuid: str
     profile: str
@@ -39,8 +38,7 @@ class Mig:
     ci: int
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(NamedTuple):
     index: int
     handle: ctypes.c_void_p
     minor: int
