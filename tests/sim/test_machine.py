@@ -212,7 +212,7 @@ def test_a_slow_driver(machine):
     [
         (("set", "STATE", "lost=7"), "There is no GPU 7; this machine has 1."),
         (("set", "STATE", "burn=0"), "'burn=0' is no change; there are reboot and lost=,"),
-        (("set", "STATE", "busy=0:3"), "GPU 0 has no MIG device 3; it has 0."),
+        (("set", "STATE", "busy=0:3"), "GPU 0 has no MIG device 3; it has none."),
         (("set", "STATE", "process=0:x"), "'x' is not a whole number."),
         (("set", "STATE", "slow=long"), "'long' is not a number of seconds."),
         (("show", "/nowhere"), "No state in /nowhere: No such file or directory."),

@@ -152,6 +152,8 @@ def test_the_walk_by_index_meets_gaps(machine):
     assert [pynvml.nvmlDeviceGetIndex(mig) for mig in started.migs().values()] == [1, 3]
     with pytest.raises(pynvml.NVMLError_InvalidArgument):
         pynvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, 7)
+    started.set("process=0.3:4711")
+    assert len(pynvml.nvmlDeviceGetComputeRunningProcesses(started.migs()[3])) == 1
     started.set("no-gap=0:0", "no-gap=0:2")
     assert list(started.migs()) == [0, 1]
 

@@ -67,6 +67,8 @@ def test_smi_answers_queries(machine):
     assert len(tool("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader").stdout.splitlines()) == 2
     tool("nvidia-smi", "-i", 1, "-pm", 1)
     assert [pynvml.nvmlDeviceGetPersistenceMode(started.gpu(i)) for i in (0, 1)] == [0, 1]
+    modes = tool("nvidia-smi", "--query-gpu=persistence_mode", "--format=csv,noheader").stdout
+    assert modes == "Disabled\nEnabled\n"
     assert "NVIDIA L40S" in tool("nvidia-smi").stdout
 
 

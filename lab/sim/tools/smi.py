@@ -17,11 +17,17 @@ nvidia-smi of the simulated NVIDIA driver. It knows:
 """
 DRIVER_NOT_LOADED, MISMATCH = 9, 18
 
+
+def _persistence_mode(driver, gpu):
+    return "Enabled" if driver.number("nvmlDeviceGetPersistenceMode", gpu.handle) else "Disabled"
+
+
 FIELDS = {
     "index": lambda _, gpu: gpu.index,
     "uuid": lambda _, gpu: gpu.uuid,
     "name": lambda _, gpu: gpu.name,
     "mig.mode.current": lambda _, gpu: gpu.mig_mode,
+    "persistence_mode": _persistence_mode,
     "driver_version": lambda driver, _: driver.text("nvmlSystemGetDriverVersion"),
 }
 

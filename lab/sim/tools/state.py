@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import os
 from pathlib import Path
 
@@ -68,11 +69,14 @@ class State:
         return [record for record in self.records[kind] if record["gpu"] == gpu["minor"]]
 
     def mig(self, gpu, index):
-        """The compute instance at this place among the GPU's MIG devices; they are in the file in order."""
-        devices = self.of("ci", gpu)
-        if not index.isdigit() or int(index) >= len(devices):
-            raise UsageError(f"GPU {self.gpus.index(gpu)} has no MIG device {index}; it has {len(devices)}.")
-        return devices[int(index)]
+        """The compute instance with this MIG index: they are in the file in order, and move up past a gap."""
+        gaps = int(gpu.get("holes", "0"))
+        places = (str(place) for place in itertools.count() if not gaps >> place & 1)
+        devices = dict(zip(places, self.of("ci", gpu), strict=False))
+        if index not in devices:
+            known = ", ".join(devices) or "none"
+            raise UsageError(f"GPU {self.gpus.index(gpu)} has no MIG device {index}; it has {known}.")
+        return devices[index]
 
 
 @contextlib.contextmanager
