@@ -62,7 +62,8 @@ def down(arguments: argparse.Namespace) -> None:
             for container in host.every(client, arguments.name):
                 gone.add(container.labels[options.LABEL])
                 host.remove(container)
-        for prefix in gone | {arguments.name or DEFAULT_PREFIX}:
+        # Without any host there may still be an inventory, of hosts that went with their machine.
+        for prefix in gone or {arguments.name or DEFAULT_PREFIX}:
             inventory.write(arguments.inventory or inventory_dir(prefix), prefix, [])
         if arguments.name is None:
             engine.stop()

@@ -70,7 +70,7 @@ def stop() -> bool:
         say("engine: stopping the private dockerd")
         run(as_root(["kill", "-TERM", str(pid)]))
         _await_end(pid)
-    network.bridge_down()
+    network.down()
     for mount in _mounts_below(DATA, RUN):
         run(as_root(["umount", "--lazy", mount]))
     return pid is not None
@@ -80,7 +80,7 @@ def _start() -> str:
     say("engine: starting a private dockerd (about 3 s)")
     own_directory(STATE)
     own_directory(RUN)
-    network.bridge_up()
+    network.up()
     choices = {
         "data-root": DATA,
         "exec-root": RUN / "exec",
@@ -88,6 +88,7 @@ def _start() -> str:
         "host": PRIVATE_URL,
         "group": os.getgid(),
         "bridge": network.BRIDGE,
+        "iptables": "false",
     }
     command = as_root(["dockerd", *(f"--{name}={value}" for name, value in choices.items())])
     with LOG.open("w") as log:
