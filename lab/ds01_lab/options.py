@@ -12,6 +12,25 @@ ADDRESS = "127.0.0.1"  # nobody but this machine reaches a lab host
 SSH = "22/tcp"
 INIT = "/usr/local/sbin/ds01-lab-init"
 
+# What systemd, an inner engine and a login need beyond Docker's usual set. Neither `Privileged` nor ALL: both ask for
+# CAP_SYS_RESOURCE, which virtual machines may lack, and how one takes it out again depends on Docker's version.
+CAPABILITIES = (
+    "SYS_ADMIN",  # mounts, cgroups, device filters
+    "NET_ADMIN",  # the inner bridge and its packet filter
+    "SYS_BOOT",  # systemctl reboot
+    "SYS_PTRACE",
+    "SYS_NICE",
+    "SYS_TTY_CONFIG",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "DAC_READ_SEARCH",
+    "LEASE",
+    "LINUX_IMMUTABLE",
+    "NET_BROADCAST",
+    "AUDIT_CONTROL",
+    "SYSLOG",
+)
+
 # systemd 257 takes cgroup v1 only when its kernel command line says so, and a container has no other one.
 LEGACY_CGROUP = "systemd.unified_cgroup_hierarchy=0 SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1"
 
@@ -30,9 +49,7 @@ def machine(image: str, cgroup_version: str) -> dict[str, Any]:
         "StopSignal": "SIGRTMIN+3",  # systemd's word for an orderly shutdown
         "ExposedPorts": {SSH: {}},
         "HostConfig": {
-            # Not `Privileged`: that asks for CAP_SYS_RESOURCE too, which many a machine cannot hand out.
-            "CapAdd": ["ALL"],
-            "CapDrop": ["SYS_RESOURCE"],
+            "CapAdd": list(CAPABILITIES),
             "SecurityOpt": ["seccomp=unconfined", "apparmor=unconfined"],
             # Empty: systemd and the inner engine write to what Docker would hide.
             "MaskedPaths": [],
