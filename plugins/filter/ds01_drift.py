@@ -57,7 +57,7 @@ EXAMPLES = r"""
     dest: "{{ item.dest }}"
     mode: "{{ item.mode }}"
   loop: "{{ ([{'src': 'plugins/module_utils/ds01', 'dest': '/opt/ds01/lib/ds01', 'pattern': '*.py', 'mode': '0644'}]
-             | ds01_drift(found.files)).copy }}"
+             | ds01_drift(found.files)).outdated }}"
 """
 
 RETURN = r"""
@@ -65,11 +65,11 @@ _value:
   description: What to do about it; both lists are empty where nothing differs.
   type: dict
   contains:
-    copy:
+    outdated:
       description: Files to copy, one by one, with RV(ignore:dest), RV(ignore:mode) and their source.
       type: list
       elements: dict
-    remove:
+    stale:
       description: Paths on the host that the wanted directories do not have.
       type: list
       elements: str
@@ -88,8 +88,8 @@ def ds01_drift(wanted: Iterable[Mapping[str, str]], found: Iterable[Mapping[str,
     present = {file["path"]: (file["checksum"], file["mode"]) for file in found}
     trees = tuple(f"{item['dest']}/" for item in wanted if "pattern" in item)
     return {
-        "copy": [file for file in files if present.get(file["dest"]) != (_checksum(file), file["mode"])],
-        "remove": sorted({path for path in present if path.startswith(trees)} - {file["dest"] for file in files}),
+        "outdated": [file for file in files if present.get(file["dest"]) != (_checksum(file), file["mode"])],
+        "stale": sorted({path for path in present if path.startswith(trees)} - {file["dest"] for file in files}),
     }
 
 

@@ -72,7 +72,7 @@ class Allocations:
     def name(self, container: str, user: str | None = None) -> names.ContainerName:
         """The container that somebody means: a full name, a project with its user, or a project
         name that only one allocation has."""
-        if user:
+        if user is not None:
             return names.container_name(container, user, accounts.lookup)
         if names.SEPARATOR in container:
             project, owner = names.split(container)
@@ -109,7 +109,8 @@ class Allocations:
                     "Run as root, or name another directory with DS01_CDI_DIR; nothing was allocated.",
                 ) from None
         self._record_events(plan)
-        return plan.outcomes
+        problem = self.events.problem
+        return [replace(o, warnings=(*o.warnings, problem)) for o in plan.outcomes] if problem else plan.outcomes
 
     def preview(self, changes: Sequence[Change]) -> Sequence[Outcome]:
         """What `apply` would do now. Writes nothing and takes no lock."""
@@ -187,7 +188,7 @@ class Allocations:
 
     def _projectable(self, outcome: Outcome, spec: Mapping[str, Any] | None) -> Outcome:
         """A grant that NVIDIA's CDI spec cannot carry would never start: refuse it instead."""
-        if outcome.reason != "granted" or outcome.allocation is None:
+        if not _to_project(outcome) or outcome.allocation is None:
             return outcome
         if spec is None and engine.disabled():
             return replace(outcome, warnings=("No NVIDIA CDI spec on this host: no CDI device was written.",))
@@ -207,7 +208,7 @@ class Allocations:
         if plan.spec is None:
             return
         for outcome in plan.outcomes:
-            if outcome.ok and outcome.allocation:
+            if _to_project(outcome) and outcome.allocation:
                 self.cdi.project(outcome.name.full, [d.uuid for d in outcome.allocation.devices], plan.spec)
 
     def _record_events(self, plan: _Plan) -> None:
@@ -227,6 +228,11 @@ class Allocations:
                 reason=outcome.reason,
                 message=outcome.message,
             )
+
+
+def _to_project(outcome: Outcome) -> bool:
+    """Grants, and those asked for again: that mends a CDI file that somebody removed."""
+    return outcome.ok and outcome.reason in ("granted", "already_allocated")
 
 
 def _needs_driver(changes: Sequence[Change]) -> bool:
@@ -254,7 +260,7 @@ def _gpu_row(gpu: Gpu) -> dict[str, Any]:
 
 
 def _device_row(device: Device, now: Ledger) -> dict[str, Any]:
-    holder = now.holder_of(device.uuid)
+    holder = now.holder_of(device)
     return {
         **records.device_record(device),
         "memory_mib": device.memory_mib,

@@ -61,7 +61,7 @@ class Cdi:
         with contextlib.suppress(FileNotFoundError):
             if target.read_bytes() == content:
                 return False
-        self._directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        files.make_directory(self._directory, 0o755)
         files.replace(target, content, 0o644)
         return True
 

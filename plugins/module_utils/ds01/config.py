@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,28 +16,34 @@ from .libraries import require
 
 SCHEMA_NAME = "resource-limits.schema.json"
 MAX_BYTES = 4 * 1024 * 1024
+_MERGE, _TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
+_PLAIN_INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
 
 
 def _invalid(path: Path, problem: str, hint: str = "") -> Ds01Error:
     return Ds01Error("config_invalid", f"{path}: {problem}", hint)
 
 
-def _yaml_loader() -> type:
-    """PyYAML's safe loader (the C one where there is one) that refuses a key given twice."""
-    yaml = require("yaml", "PyYAML")
+def _yaml_loader(yaml: Any) -> type:
+    """PyYAML's safe loader (the C one where there is one), without YAML 1.1's surprises."""
 
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen: set[str] = set()
             for key_node, _ in node.value:
-                key = key_node.value
-                if isinstance(key, str) and key in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key!r} is given twice", key_node.start_mark
-                    )
-                seen.add(key if isinstance(key, str) else repr(key))
+                if key_node.value in seen:
+                    problem = f"the key {key_node.value!r} is given twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+                if isinstance(key_node.value, str) and key_node.tag != _MERGE:
+                    seen.add(key_node.value)
+                    key_node.tag = _TEXT  # a group or user called no, or 1001, is called just that
             return super().construct_mapping(node, deep)
 
+        def construct_plain_int(self, node: Any) -> int | str:
+            # YAML 1.1 reads 1:0 as 60 and 010 as 8; nobody who writes that means it.
+            return int(node.value) if _PLAIN_INT.fullmatch(node.value) else node.value
+
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_plain_int)
     return Loader
 
 
@@ -53,11 +61,11 @@ def read_document(path: Path) -> Mapping[str, Any]:
     if len(data) > MAX_BYTES:
         raise _invalid(path, f"the limits file is larger than {MAX_BYTES // 1024**2} MiB.")
     try:
-        document = yaml.load(data, Loader=_yaml_loader())
+        document = yaml.load(data, Loader=_yaml_loader(yaml))
     except yaml.MarkedYAMLError as exc:
         line = f"line {exc.problem_mark.line + 1}: " if exc.problem_mark else ""
         raise _invalid(path, f"{line}{exc.problem}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+    except (yaml.YAMLError, ValueError) as exc:
         raise _invalid(path, f"this is not YAML: {exc}.") from None
     if document is None:
         raise _invalid(
@@ -87,17 +95,19 @@ def _explain(exc: Any) -> str:
         suggestion = f"; did you mean {near[0]}?" if near else f"; valid here: {', '.join(known)}."
         return f"{path}: unknown key{suggestion}"
     expected = exc.definition.get("x-expected") or exc.message.split(" must be ")[-1]
-    return f"{where}: {exc.value!r} is not allowed here; expected {expected}."
+    return f"{where}: {reprlib.repr(exc.value)} is not allowed here; expected {expected}."
 
 
 def _members(directory: Path) -> dict[str, tuple[str, ...]]:
     """Members by group from `<group>.members` files: a name a line, `#` starts a comment."""
-    if not directory.is_dir():
+    if not directory.exists():
         return {}
+    if not directory.is_dir():
+        raise _invalid(directory, "this is not a directory; it holds <group>.members files.")
     result = {}
     for file in sorted(directory.glob("*.members")):
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as exc:
             raise _invalid(file, f"the members file cannot be read ({exc}).") from None
         stripped = (line.partition("#")[0].strip() for line in lines)

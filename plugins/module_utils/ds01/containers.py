@@ -194,6 +194,8 @@ class Containers:
         report.after = _state(container)
         allocation = self._allocations.allocation(wish.name.full)
         report.allocation = describe(allocation) if allocation else None
+        if self._allocations.events.problem:
+            report.warnings.append(self._allocations.events.problem)
 
     def _allocate(self, wish: Wish, plan: _Plan, undo: contextlib.ExitStack) -> bool:
         """Make sure that the container has its devices; new ones are given back when a later step fails."""
@@ -342,7 +344,7 @@ class Containers:
 
     def _put_metadata(self, name: names.ContainerName, record: dict[str, Any]) -> None:
         path = self._metadata_path(name)
-        path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        files.make_directory(path.parent, 0o750)
         files.replace(path, json.dumps(record, indent=1).encode() + b"\n", 0o640)
 
     def _event(self, event: str, name: names.ContainerName, **fields: Any) -> None:

@@ -7,18 +7,22 @@ import os
 from datetime import datetime
 from pathlib import Path
 
-from . import units
+from . import files, units
 
 MAX_LINE = 4000
 """Bytes. Appends up to a pipe buffer's size are not interleaved with those of other processes."""
 
 
 class EventLog:
-    """Appends events to a file; `actor` is who asked (the login name behind sudo, or AWX's user)."""
+    """Appends events to a file; `actor` is who asked.
+
+    A log that cannot be written does not undo what was done: `problem` says so afterwards.
+    """
 
     def __init__(self, path: Path, actor: str) -> None:
         self._path = path
         self._actor = actor
+        self.problem: str | None = None
 
     def write(self, event: str, now: datetime, **fields: object) -> None:
         """Append one event. Absent values are left out; an overlong text is cut, never the line."""
@@ -26,8 +30,14 @@ class EventLog:
         record.update({key: value for key, value in fields.items() if value not in (None, "")})
         line = _encode(record)
         if len(line) > MAX_LINE:
-            line = _encode({k: v[:500] if isinstance(v, str) else v for k, v in record.items()})
-        self._path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+            line = _encode({key: _shortened(value) for key, value in record.items()})
+        try:
+            self._append(line)
+        except OSError as exc:
+            self.problem = f"The event log {self._path} could not be written: {exc.strerror}."
+
+    def _append(self, line: bytes) -> None:
+        files.make_directory(self._path.parent, 0o750)
         fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
         try:
             if os.fstat(fd).st_size == 0:
@@ -38,7 +48,15 @@ class EventLog:
 
 
 def _encode(record: dict[str, object]) -> bytes:
-    return (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode()
+    # A lone surrogate (a name that is not UTF-8) becomes its JSON escape.
+    return (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode(errors="backslashreplace")
+
+
+def _shortened(value: object) -> object:
+    """A text's beginning; of a list's records only their ids."""
+    if isinstance(value, list):
+        value = ",".join(str(item.get("id") if isinstance(item, dict) else item) for item in value)
+    return value[:500] if isinstance(value, str) else value
 
 
 def actor_from_env() -> str:

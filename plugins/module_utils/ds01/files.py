@@ -31,6 +31,13 @@ def replace(path: Path, data: bytes, mode: int, *, durable: bool = False) -> Non
         _sync(path.parent)
 
 
+def make_directory(path: Path, mode: int) -> None:
+    """The directory exists; one that is made here has `mode`, whatever the umask. Raises OSError."""
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(mode)
+
+
 def _sync(directory: Path) -> None:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:

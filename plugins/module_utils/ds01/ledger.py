@@ -78,7 +78,7 @@ class LedgerStore:
     def transaction(self) -> Iterator[Transaction]:
         """Hold the lock, and see the ledger as it is. Raises Ds01Error `lock_timeout`."""
         try:
-            self._path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+            files.make_directory(self._path.parent, 0o750)
             lock = os.open(
                 self._path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640
             )
@@ -89,6 +89,7 @@ class LedgerStore:
                 "Run as root, or name another directory with DS01_STATE_DIR.",
             ) from None
         try:
+            os.fchmod(lock, 0o640)
             self._acquire(lock)
             yield Transaction(self, self.read())
         finally:

@@ -175,6 +175,7 @@ _ALIASES = {
 
 _DURATIONS = ("idle_timeout", "max_runtime", "gpu_hold_after_stop", "container_hold_after_stop")
 _SUFFIXES = {f"{key}_{unit}": (key, unit) for key in _DURATIONS for unit in "hms"}
+_NO_LIMIT = {"CPUQuota": "", "MemoryMax": "infinity", "MemoryHigh": "infinity", "TasksMax": "infinity"}
 _NOT_LIMITS = {
     "members", "aggregate", "reservation_start", "reservation_end", "reserved_gpus", "reason",
 }  # fmt: skip
@@ -218,15 +219,30 @@ def _checked(name: str, value: Any, path: str) -> Any:
         raise _bad(path, str(exc)) from None
 
 
+def _count(value: Any) -> int:
+    if not isinstance(value, int):
+        raise ValueError(f"{value!r} is not a whole number")
+    return value
+
+
+def _above_zero(value: Any) -> Any:
+    """To Docker 0 is "no limit": what cannot be none must not become everything."""
+    if not value:
+        raise ValueError("0 would mean no limit to Docker; write null for unlimited, or more than 0")
+    return value
+
+
 def _size_text(value: str) -> str:
-    units.parse_size(value)
+    _above_zero(units.parse_size(value))
     return value
 
 
 _CONVERT: dict[str, Callable[[Any], Any]] = {
     **{key: lambda v: units.parse_duration(str(v)) for key in _DURATIONS},
     "max_gpu_equivalents": lambda v: Fraction(str(v)),
-    "max_cpus": lambda v: Fraction(str(v)),
+    "max_cpus": lambda v: _above_zero(Fraction(str(v))),
+    "pids_limit": lambda v: _above_zero(_count(v)),
+    **dict.fromkeys(("max_gpus", "max_gpus_per_container", "max_containers_per_user", "priority"), _count),
     "memory": _size_text,
     "memory_swap": _size_text,
     "shm_size": _size_text,
@@ -290,18 +306,18 @@ def _aggregate(layer: RawLayer, explicit: RawLayer) -> Aggregate:
     """The slice's limits: what the file says, else one container's limit times their number."""
     count = layer["max_containers_per_user"]
 
-    def times(key: str, scale: Callable[[Any], Any]) -> Any:
-        return None if count is None or layer[key] is None else scale(layer[key])
+    def times(key: str, scale: Callable[[Any, int], Any]) -> Any:
+        # A user who may have no container has no use for a slice; a limit of 0 would be none.
+        return None if count is None or layer[key] is None else scale(layer[key], max(count, 1))
 
     computed = {
-        "cpu_quota": times("max_cpus", lambda v: f"{float(v * count * 100):g}%"),
-        "memory_max": times("memory", lambda v: units.format_size(units.parse_size(v) * count)),
-        "tasks_max": times("pids_limit", lambda v: v * count),
+        "cpu_quota": times("max_cpus", lambda v, n: f"{number_text(v * n * 100)}%"),
+        "memory_max": times("memory", lambda v, n: units.format_size(units.parse_size(v) * n)),
+        "tasks_max": times("pids_limit", lambda v, n: v * n),
     }
-    merged = {**computed, **explicit}
-    for key in ("memory_max", "memory_high"):
-        if merged.get(key):
-            merged[key] = units.format_size(units.parse_size(merged[key]))
+    given = (key for key in ("memory_max", "memory_high") if explicit.get(key))
+    sizes = {key: units.format_size(units.parse_size(explicit[key])) for key in given}
+    merged = {**computed, **explicit, **sizes}
     return Aggregate(**{k: v for k, v in merged.items() if k in Aggregate.__dataclass_fields__})
 
 
@@ -331,8 +347,11 @@ def slice_dropins(config: Config) -> dict[str, dict[str, str]]:
     dropins = {names.group_dropin_dir(g): group_aggregate(config, g).properties() for g in groups}
     for user in config.overrides:
         limits = resolve(config, user)
-        if limits.aggregate != group_aggregate(config, limits.group):
-            dropins[f"{limits.slice}.d"] = limits.aggregate.properties()
+        group = group_aggregate(config, limits.group)
+        if limits.aggregate != group:
+            # systemd merges both drop-ins: what the group limits and the user does not is lifted.
+            lifted = {key: _NO_LIMIT[key] for key in group.properties()}
+            dropins[f"{limits.slice}.d"] = {**lifted, **limits.aggregate.properties()}
     return dropins
 
 

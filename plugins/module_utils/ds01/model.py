@@ -38,6 +38,10 @@ class Device:
     def is_full(self) -> bool:
         return self.profile == FULL
 
+    def same_as(self, recorded: Device) -> bool:
+        """Whether a record means this device."""
+        return self.uuid == recorded.uuid if recorded.uuid else self.id == recorded.id
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -62,15 +66,16 @@ class Inventory:
     devices: tuple[Device, ...]
     driver_version: str = ""
 
-    def by_uuid(self, uuid: str) -> Device | None:
-        return next((d for d in self.devices if d.uuid == uuid), None)
+    def find(self, recorded: Device) -> Device | None:
+        """The device that a record means, as it is now."""
+        return next((d for d in self.devices if d.same_as(recorded)), None)
 
 
 @dataclass(frozen=True)
 class Allocation:
     """Devices granted to one container.
 
-    pending: granted, no container seen yet; active: its container exists; held: it stopped.
+    pending: granted, its container was not started yet; active: it was; held: it stopped.
     """
 
     container: str
@@ -80,12 +85,13 @@ class Allocation:
     allocated_at: datetime
     stopped_at: datetime | None = None
     container_id: str | None = None
+    pending: bool = False
 
     @property
     def status(self) -> str:
         if self.stopped_at is not None:
             return "held"
-        return "active" if self.container_id else "pending"
+        return "pending" if self.pending else "active"
 
     @property
     def gpu_id(self) -> str:
@@ -104,8 +110,9 @@ class Ledger:
     def of_user(self, user: str) -> tuple[Allocation, ...]:
         return tuple(a for a in self.allocations.values() if a.user == user)
 
-    def holder_of(self, uuid: str) -> Allocation | None:
-        return next((a for a in self.allocations.values() if any(d.uuid == uuid for d in a.devices)), None)
+    def holder_of(self, device: Device) -> Allocation | None:
+        """Who has the device. A record of the replaced system names no UUID: there the id counts."""
+        return next((a for a in self.allocations.values() if any(device.same_as(d) for d in a.devices)), None)
 
     def with_allocation(self, allocation: Allocation) -> Ledger:
         return replace(self, allocations={**self.allocations, allocation.container: allocation})

@@ -80,7 +80,7 @@ def canonical_user(user: str, lookup: AccountLookup) -> str:
     account = lookup(user)
     if account:
         return account.name
-    if not _DOCKER_USER.fullmatch(user):
+    if not _carried(user):
         raise Ds01Error(
             "unknown_user",
             f"There is no user {user!r} on this host.",
@@ -97,14 +97,27 @@ def container_name(project: str, user: str, lookup: AccountLookup) -> ContainerN
     user = canonical_user(user, lookup)
     if SEPARATOR in project:
         project, owner = split(project)
+        if SEPARATOR in owner:
+            raise invalid_input(
+                f"{project}{SEPARATOR}{owner} cannot be a container's name.", "Write my-project._.alice."
+            )
         if canonical_user(owner, lookup) != user:
             raise invalid_input(f"Container {project}{SEPARATOR}{owner} does not belong to {user}.")
     check_project(project)
     return ContainerName(project, user, f"{project}{SEPARATOR}{_name_tag(user, lookup)}")
 
 
+def _carried(user: str) -> bool:
+    """Whether the name itself can stand in a container's name, unmistakably.
+
+    One of digits would be taken for somebody's uid, one with `._` for a part of the separator.
+    """
+    plain = len(user) <= MAX_NAME and _DOCKER_USER.fullmatch(user) and not user.isdecimal()
+    return bool(plain) and "._" not in user and not user.startswith("_.")
+
+
 def _name_tag(user: str, lookup: AccountLookup) -> str:
-    if len(user) <= MAX_NAME and _DOCKER_USER.fullmatch(user):
+    if _carried(user):
         return user
     account = lookup(user)
     if account is None:

@@ -109,12 +109,12 @@ def _count_allowed(request: Request, limits: Limits, situation: Situation) -> Re
 
 def _choose(request: Request, wish: str, limits: Limits, situation: Situation) -> Grant | Refusal:
     matching = [d for d in situation.inventory.devices if _fits(d, wish, limits)]
-    free = [d for d in matching if situation.ledger.holder_of(d.uuid) is None]
+    free = [d for d in matching if situation.ledger.holder_of(d) is None]
     healthy = [d for d in free if d.health == "ok"]
     booked = _booked_for_others(situation, limits.user)
     open_ = [d for d in healthy if d.id not in booked]
     if len(open_) < request.gpus:
-        return _none_left(request, wish, matching, free, healthy, situation)
+        return _none_left(request, wish, matching, free, healthy, situation, limits.user)
     chosen = _pick(request.gpus, open_, situation)
     return _equivalents_allowed(chosen, limits, situation) or Grant(tuple(chosen))
 
@@ -168,10 +168,11 @@ def _none_left(
     free: Sequence[Device],
     healthy: Sequence[Device],
     situation: Situation,
+    user: str,
 ) -> Refusal:
     what = f"{request.gpus} x {_named(wish)}" if request.gpus > 1 else _named(wish)
     if len(healthy) >= request.gpus:
-        ends = [r.end for r in situation.reservations if r.covers(situation.now)]
+        ends = [r.end for r in situation.reservations if r.user != user and r.covers(situation.now)]
         return Refusal(
             "reserved", f"Every free {_named(wish)} is reserved.", "Try again later.", min(ends, default=None)
         )
@@ -182,7 +183,7 @@ def _none_left(
             f"No healthy {what} is free; not granted: {', '.join(sick)}.",
             "An admin can see why with: ds01 status.",
         )
-    users = {a.container for d in matching if (a := situation.ledger.holder_of(d.uuid))}
+    users = {a.container for d in matching if (a := situation.ledger.holder_of(d))}
     ends = [end for container, end in (situation.hold_ends or {}).items() if container in users]
     available = min(ends, default=None)
     return Refusal(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import reprlib
 from collections.abc import Mapping
+from datetime import datetime
 from fractions import Fraction
 from typing import Any
 
@@ -12,6 +15,7 @@ from . import units
 from .model import FULL, Allocation, Device, Ledger
 
 VERSION = 1
+_DEVICE_ID = re.compile(r"[0-9]+(:[0-9]+)?")
 
 
 def to_json(ledger: Ledger) -> dict[str, Any]:
@@ -37,6 +41,7 @@ def record(allocation: Allocation) -> dict[str, Any]:
         "stopped_at": units.format_time(allocation.stopped_at) if allocation.stopped_at else None,
         "devices": [device_record(d) for d in allocation.devices],
         "container_id": allocation.container_id,
+        "pending": allocation.pending,
     }
 
 
@@ -51,52 +56,79 @@ def device_record(device: Device) -> dict[str, Any]:
     }
 
 
-def from_json(document: Mapping[str, Any]) -> Ledger:
+def from_json(document: Any) -> Ledger:
     """The ledger of a parsed file, the replaced system's form included.
 
-    Raises ValueError when the checksum or the shape is wrong.
+    Raises ValueError when the checksum or the shape is wrong: an odd file is never an empty ledger.
     """
-    checksum = document.get("checksum")
+    checksum = _as(dict, document, "the file").get("checksum")
     if checksum and checksum != _checksum({k: v for k, v in document.items() if k != "checksum"}):
         raise ValueError("its checksum does not match its content")
+    if document.get("version", VERSION) != VERSION:
+        raise ValueError(f"its version is {document['version']}; this DS01 reads {VERSION}")
+    updated = document.get("last_updated")
     try:
-        updated = document.get("last_updated")
+        allocations = _as(dict, document["allocations"], "allocations")
         return Ledger(
-            allocations={name: _allocation(name, raw) for name, raw in (document.get("allocations") or {}).items()},
-            generation=int(document.get("generation") or 0),
+            allocations={name: _allocation(name, _as(dict, raw, name)) for name, raw in allocations.items()},
+            generation=_as(int, document.get("generation", 0), "generation"),
             boot_id=document.get("boot_id") or "",
-            last_updated=units.parse_time(updated) if updated else None,
+            last_updated=_time(updated) if updated else None,
         )
-    except (KeyError, TypeError, AttributeError) as exc:
-        raise ValueError(f"a record has the wrong shape ({type(exc).__name__}: {exc})") from None
+    except KeyError as exc:
+        raise ValueError(f"{exc.args[0]} is missing") from None
+
+
+def _as(kind: type, value: Any, what: str) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"{what} is {reprlib.repr(value)}, not a {kind.__name__}")
+    return value
+
+
+def _time(value: Any) -> datetime:
+    try:
+        return units.parse_time(_as(str, value, "a time"))
+    except OverflowError:
+        raise ValueError(f"{value!r} is no time") from None
 
 
 def _allocation(name: str, raw: Mapping[str, Any]) -> Allocation:
     stopped = raw.get("stopped_at")
     devices = raw.get("devices")
     if devices is None:
-        devices = [{"id": part.strip().replace(".", ":")} for part in str(raw["gpu_id"]).split(",")]
+        written = raw["gpu_id"]  # the replaced system once wrote plain numbers
+        ids = str(written).split(",") if isinstance(written, int) else _as(str, written, f"gpu_id of {name}").split(",")
+        devices = [{"id": part.strip().replace(".", ":")} for part in ids]
     return Allocation(
         container=name,
-        user=raw["user"],
-        devices=tuple(_device(d) for d in devices),
-        priority=int(raw.get("priority") or 0),
-        allocated_at=units.parse_time(raw["allocated_at"]),
-        stopped_at=units.parse_time(stopped) if stopped else None,
+        user=_as(str, raw["user"], f"user of {name}"),
+        devices=tuple(_device(_as(dict, d, f"a device of {name}")) for d in _as(list, devices, f"devices of {name}")),
+        priority=_as(int, raw.get("priority") or 0, f"priority of {name}"),
+        allocated_at=_time(raw["allocated_at"]),
+        stopped_at=_time(stopped) if stopped else None,
         container_id=raw.get("container_id"),
+        pending=raw.get("pending") is True,
     )
 
 
 def _device(raw: Mapping[str, Any]) -> Device:
     """A device of a record; one that names only its id (the replaced system's) counts as a whole GPU."""
+    identity = _as(str, raw["id"], "a device's id")
+    if not _DEVICE_ID.fullmatch(identity):
+        raise ValueError(f"{identity!r} is not a device id")
     placement = raw.get("placement")
+    try:
+        equivalents = Fraction(raw.get("equivalents") or 1)
+        start_and_size = None if placement is None else (int(placement[0]), int(placement[1]))
+    except (ZeroDivisionError, IndexError, TypeError):
+        raise ValueError(f"the record of device {identity} cannot be read") from None
     return Device(
-        id=raw["id"],
+        id=identity,
         uuid=raw.get("uuid") or "",
         gpu_uuid=raw.get("gpu_uuid") or "",
         profile=raw.get("profile") or FULL,
-        placement=(placement[0], placement[1]) if placement else None,
-        equivalents=Fraction(raw.get("equivalents") or 1),
+        placement=start_and_size,
+        equivalents=equivalents,
     )
 
 

@@ -98,6 +98,9 @@ def decide(change: Change, config: Config, situation: placement.Situation) -> Ou
     """The outcome of one change in this situation."""
     limits = resolve(config, change.name.user)
     current = situation.ledger.allocations.get(change.name.full)
+    if current is not None and current.user != change.name.user:
+        message = f"{current.container} belongs to {current.user}, not to {change.name.user}."
+        return refused(change.name, Refusal("invalid_input", message, "See: ds01 status"), current)
     if change.state == "allocated":
         return _allocate(change, _adjusted(limits, change), current, situation)
     if current is None:
@@ -130,7 +133,7 @@ def hold_ends(now: Ledger, config: Config) -> dict[str, datetime]:
 def device_problem(allocation: Allocation, inventory: Inventory) -> str | None:
     """Why the allocation's devices cannot be used now, or None."""
     for device in allocation.devices:
-        present = inventory.by_uuid(device.uuid)
+        present = inventory.find(device)
         if present is None:
             return f"device {device.id} ({device.uuid or 'no UUID recorded'}) is not on this host any more"
         if present.health != "ok":
@@ -156,7 +159,7 @@ def _adjusted(limits: Limits, change: Change) -> Limits:
 
 def _allocate(change: Change, limits: Limits, current: Allocation | None, situation: placement.Situation) -> Outcome:
     if current is not None:
-        return _already(change, current)
+        return _already(change, current, situation.inventory)
     if change.strategy:
         situation = replace(situation, policy=replace(situation.policy, strategy=change.strategy))
     request = Request(change.name.full, change.name.user, change.gpus, change.profile)
@@ -171,13 +174,18 @@ def _allocate(change: Change, limits: Limits, current: Allocation | None, situat
         devices=decision.devices,
         priority=limits.priority,
         allocated_at=situation.now,
+        pending=True,
     )
     what = ", ".join(f"{d.id} ({d.profile})" for d in allocation.devices)
     return Outcome(change.name, "granted", f"Allocated {what} to {allocation.container}.", allocation=allocation)
 
 
-def _already(change: Change, current: Allocation) -> Outcome:
+def _already(change: Change, current: Allocation, inventory: Inventory) -> Outcome:
     """An allocation is idempotent, but a different wish is a refusal, not a silent yes."""
+    problem = device_problem(current, inventory) if change.gpus else None
+    if problem:
+        hint = f"Release it, then allocate again: ds01 release --container {current.container}"
+        return refused(change.name, Refusal("gpu_unhealthy", f"{current.container}: {problem}.", hint), current)
     profiles = {d.profile for d in current.devices}
     if change.gpus == len(current.devices) and (change.profile is None or {change.profile} == profiles):
         message = f"{current.container} already has {current.gpu_id}."
@@ -211,6 +219,7 @@ def _hold(change: Change, limits: Limits, current: Allocation, now: datetime) ->
 
 
 def _activate(change: Change, current: Allocation) -> Outcome:
-    active = replace(current, stopped_at=None, container_id=change.container_id or current.container_id)
+    container_id = change.container_id or current.container_id
+    active = replace(current, stopped_at=None, pending=False, container_id=container_id)
     message = f"{current.container} uses {current.gpu_id}."
     return Outcome(change.name, "active", message, allocation=active, before=current)

@@ -26,7 +26,10 @@ def parse_duration(text: str) -> timedelta:
     if not _DURATION_WHOLE.fullmatch(text):
         raise ValueError(f"{text!r} is not a duration; write a number with its unit, such as 30m, 72h or 1d12h")
     seconds = sum(Fraction(n) * _UNIT_SECONDS[unit] for n, unit in _DURATION.findall(text))
-    return timedelta(seconds=float(seconds))
+    try:
+        return timedelta(seconds=float(seconds))
+    except OverflowError:
+        raise ValueError(f"{text!r} is longer than any calendar; write null for unlimited") from None
 
 
 def format_duration(value: timedelta | None) -> str:
