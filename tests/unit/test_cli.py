@@ -1,0 +1,218 @@
+"""The command, as far as it goes without a driver: limits, the limits file, usage."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from ds01.cli import main
+from support import ROOT, Host
+
+LIMITS = """
+defaults: {max_mig_instances: 1, max_cpus: 8, memory: 32g, shm_size: 16g, idle_timeout: 48h}
+default_group: students
+groups:
+  researchers:
+    members: [alice, bob]
+    max_mig_instances: 2
+    max_cpus: 16
+    memory: 64g
+    idle_timeout: 72h
+    priority: 50
+user_overrides:
+  bob: {max_gpus: null, max_cpus: 0.5, idle_timeout: null, gpu_hold_after_stop: 0, max_gpu_equivalents: 2/7}
+"""
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    code = main(argv)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture(autouse=True)
+def limits(host: Host) -> Host:
+    host.limits(LIMITS)
+    return host
+
+
+def test_limits_as_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "limits", "alice")
+    assert (code, err) == (0, "")
+    assert out == (
+        "User: alice\n"
+        "Group: researchers\n"
+        "Priority: 50\n"
+        "Max MIG Instances: 2\n"
+        "Max CPUs: 16\n"
+        "Memory: 64g\n"
+        "Shared Memory: 16g\n"
+        "Max Containers: 3\n"
+        "Idle Timeout: 72h\n"
+        "GPU Hold After Stop: 24h\n"
+        "Container Hold After Stop: 12h\n"
+    )
+
+
+def test_limits_tell_unlimited_from_zero(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "limits", "bob")
+    lines = dict(line.split(": ") for line in out.splitlines())
+    assert lines["Max MIG Instances"] == "unlimited"
+    assert lines["Idle Timeout"] == "unlimited"
+    assert lines["GPU Hold After Stop"] == "0"
+    assert lines["Max CPUs"] == "0.5"
+    assert lines["Memory"] == "64g"
+
+
+def test_docker_args_as_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "limits", "alice", "--docker-args")
+    assert (code, err) == (0, "")
+    assert out == (
+        "--cpus=16 --memory=64g --memory-swap=64g --shm-size=16g --pids-limit=4096 "
+        "--cgroup-parent=ds01-researchers-alice.slice\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("user", "flag", "value"),
+    [
+        ("alice", "--group", "researchers"),
+        ("alice", "--priority", "50"),
+        ("alice", "--max-gpus", "2"),
+        ("bob", "--max-gpus", "unlimited"),
+        ("alice", "--max-gpus-per-container", "1"),
+        ("alice", "--max-gpu-equivalents", "unlimited"),
+        ("alice", "--allow-full-gpu", "no"),
+        ("alice", "--max-containers", "3"),
+        ("alice", "--max-cpus", "16"),
+        ("alice", "--memory", "64g"),
+        ("alice", "--gpu-hold-time", "24h"),
+        ("bob", "--gpu-hold-time", "0"),
+        ("alice", "--container-hold-time", "12h"),
+        ("alice", "--idle-timeout", "72h"),
+        ("alice", "--max-runtime", "168h"),
+        ("stranger", "--group", "students"),
+        ("mary-ann", "--slice", r"ds01-students-mary\x2dann.slice"),
+    ],
+)
+def test_a_single_value_alone(user: str, flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "limits", user, flag) == (0, f"{value}\n", "")
+
+
+def test_limits_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "limits", "bob", "--json")
+    document = json.loads(out)
+    assert (code, err) == (0, "")
+    assert (document["user"], document["group"], document["max_gpus"]) == ("bob", "researchers", None)
+    assert (document["max_cpus"], document["memory"], document["allow_full_gpu"]) == (0.5, "64g", False)
+    assert document["slice"] == "ds01-researchers-bob.slice"
+    assert document["aggregate"]["cpu_quota"] == "150%"
+    assert document["docker_args"][0] == "--cpus=0.5"
+
+
+def test_json_writes_a_null_limit_as_null(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "limits", "bob", "--json")
+    document = json.loads(out)
+    assert document["idle_timeout"] is None
+    assert document["gpu_hold_after_stop"] == "0"
+
+
+HOSTILE = ["..", "a/b", "/etc", "a b", "a\nb", "a\0b", "{{ lookup('pipe', 'id') }}", "$(id)", "-rf", "a" * 300, "a._"]
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=lambda name: ascii(name[:20]))
+@pytest.mark.parametrize("verb", ["allocate", "release", "mark-stopped", "clear-stopped", "validate"])
+def test_a_hostile_container_name_is_refused_before_anything_else(
+    verb: str, name: str, limits: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, verb, "--user=alice", f"--container={name}")
+    assert (code, out) == (2, "")
+    assert err.startswith("ds01: invalid_input: ")
+    assert len(err) < 400
+    assert not limits.state.exists()
+
+
+@pytest.mark.parametrize("user", ["", "../etc", "a/b", "-x y", "a\nb", "{{ 7*7 }}", "o" * 300])
+def test_limits_of_a_hostile_name(user: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "limits", "--", user)
+    assert (code, out) == (2, "")
+    assert err.startswith("ds01: ")
+    assert err.count("\n") == 1
+
+
+def test_a_config_error_is_told_on_both_channels(limits: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    limits.limits("defaults: {memry: 64g}\n")
+    code, out, err = run(capsys, "limits", "alice", "--json")
+    assert code == 2
+    assert "defaults.memry: unknown key; did you mean memory?" in err
+    document = json.loads(out)
+    assert (document["failed"], document["reason"]) == (True, "config_invalid")
+    assert "defaults.memry" in document["msg"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["limits", "alice"], ["status"], ["allocate", "--user", "alice", "--container", "p"], ["config", "check"]],
+    ids=" ".join,
+)
+def test_nothing_is_guessed_without_a_limits_file(
+    argv: list[str], limits: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits.config.unlink()
+    code, out, err = run(capsys, *argv)
+    assert code in (2, 3)
+    assert out == ""
+    assert err.startswith("ds01: ")
+    assert not limits.ledger.exists()
+
+
+def test_config_check(limits: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "config", "check")
+    assert (code, out) == (0, f"{limits.config}: valid (1 groups, 1 user overrides).\n")
+    shipped = ROOT / "config" / "resource-limits.yaml"
+    code, out, _ = run(capsys, "config", "check", str(shipped), "--json")
+    assert (code, json.loads(out)["groups"]) == (0, ["student", "researcher"])
+
+
+def test_config_check_of_a_bad_file(limits: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    limits.limits("groups: {r: {memory: 64x}}\n")
+    code, out, err = run(capsys, "config", "check")
+    assert (code, out) == (2, "")
+    assert "config_invalid" in err
+    assert "groups.r.memory: '64x'" in err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["fly"],
+        ["limits"],
+        ["allocate"],
+        ["allocate", "--user", "alice"],
+        ["allocate", "--container", "p"],
+        ["allocate", "--user", "alice", "--container", "p", "--gpus", "all"],
+        ["allocate", "--user", "alice", "--container", "p", "--gpus", "-1"],
+        ["allocate", "--user", "alice", "--container", "p", "--gpus", "1.5"],
+        ["allocate", "--user", "alice", "--container", "p", "--priority", "high"],
+        ["release"],
+        ["config"],
+    ],
+    ids=lambda argv: " ".join(argv) or "nothing",
+)
+def test_usage_errors_exit_2(argv: list[str], limits: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    assert caught.value.code == 2
+    assert "usage: ds01" in capsys.readouterr().err
+    assert not limits.state.exists()
+
+
+@pytest.mark.parametrize("verb", ["release", "mark-stopped", "clear-stopped", "validate"])
+def test_an_unknown_project_is_refused_and_nothing_is_written(
+    verb: str, limits: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, verb, "--container", "nothing")
+    assert code == 1
+    assert "not_allocated" in err
+    assert not limits.ledger.exists()
