@@ -31,12 +31,13 @@ def _yaml_loader(yaml: Any) -> type:
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen: set[str] = set()
             for key_node, _ in node.value:
+                if not isinstance(key_node.value, str) or key_node.tag == _MERGE:
+                    continue
                 if key_node.value in seen:
                     problem = f"the key {key_node.value!r} is given twice"
                     raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-                if isinstance(key_node.value, str) and key_node.tag != _MERGE:
-                    seen.add(key_node.value)
-                    key_node.tag = _TEXT  # a group or user called no, or 1001, is called just that
+                seen.add(key_node.value)
+                key_node.tag = _TEXT  # a group or user called no, or 1001, is called just that
             return super().construct_mapping(node, deep)
 
         def construct_plain_int(self, node: Any) -> int | str:
@@ -95,7 +96,7 @@ def _explain(exc: Any) -> str:
         suggestion = f"; did you mean {near[0]}?" if near else f"; valid here: {', '.join(known)}."
         return f"{path}: unknown key{suggestion}"
     expected = exc.definition.get("x-expected") or exc.message.split(" must be ")[-1]
-    return f"{where}: {reprlib.repr(exc.value)} is not allowed here; expected {expected}."
+    return f"{where}: {reprlib.repr(exc.value):.120} is not allowed here; expected {expected}."
 
 
 def _members(directory: Path) -> dict[str, tuple[str, ...]]:
