@@ -96,14 +96,10 @@ HOSTILE: dict[str, tuple[str, list[str]]] = {
     "number of 5000 digits": (f"defaults: {{priority: {'9' * 5000}}}\n", ["resource-limits.yaml"]),
     "member no": ("groups: {r: {members: [no]}}\n", ["groups.r.members.0: False", "a quoted name"]),
     "member as a number": ("groups: {r: {members: [1001]}}\n", ["groups.r.members.0: 1001", "a quoted name"]),
-    "group named no": ("groups: {no: {priority: 5}}\n", ["groups"]),
-    "group named by a number": ("groups: {1: {priority: 5}}\n", ["groups"]),
     "group with a space": ("groups: {'a b': {}}\n", ["groups", "a b"]),
     "group with a slash": ("groups: {'../a': {}}\n", ["groups", "../a"]),
     "default group with a newline": ('default_group: "student\\n"\n', ["default_group"]),
-    "user no": ("user_overrides: {no: {priority: 5}}\n", ["user_overrides"]),
-    "user as a number": ("user_overrides: {1001: {priority: 5}}\n", ["user_overrides", "1001"]),
-    "reserved device 1:0": ("user_overrides: {a: {reserved_gpus: [1:0]}}\n", ["reserved_gpus.0: 60", "quoted"]),
+    "octal count": ("defaults: {max_mig_instances: 010}\n", ["defaults.max_mig_instances: '010'"]),
     "reserved device as a number": ("user_overrides: {a: {reserved_gpus: [0]}}\n", ["reserved_gpus.0: 0", "quoted"]),
     "reservation without an end": (
         "user_overrides: {a: {reserved_gpus: ['0'], reservation_start: '2025-01-01'}}\n",
@@ -186,6 +182,26 @@ def test_a_bomb_of_aliases_is_refused_in_few_words(host: Host) -> None:
 def test_null_sections_give_the_built_in_limits(text: str, host: Host) -> None:
     checked = config.load(host.limits(text))
     assert limits.resolve(checked, "alice") == limits.resolve(limits.parse_config({}), "alice")
+
+
+def test_what_yaml_takes_for_something_else_is_a_name_where_a_name_stands(host: Host) -> None:
+    checked = config.load(
+        host.limits(
+            "groups: {no: {members: ['1001'], priority: 7}, 5: {}}\n"
+            "user_overrides:\n"
+            "  1001: {max_gpus: 4}\n"
+            "  on: {reserved_gpus: [1:0], reservation_start: '2025-11-01', reservation_end: '2025-11-02'}\n"
+        )
+    )
+    value = limits.resolve(checked, "1001")
+    assert (value.group, value.priority, value.max_gpus) == ("no", 7, 4)
+    assert set(checked.groups) == {"no", "5"}
+    assert [(r.user, r.devices) for r in checked.reservations] == [("on", ("1:0",))]
+
+
+@pytest.mark.parametrize("key", ["on", "1001", "0x10", "1:0", "null"])
+def test_a_key_twice_is_found_whatever_yaml_takes_it_for(key: str, host: Host) -> None:
+    assert "line 3" in problem(host.limits(f"user_overrides:\n  {key}: {{}}\n  '{key}': {{}}\n"))
 
 
 VALID: dict[str, tuple[str, str, Any]] = {

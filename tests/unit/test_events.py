@@ -126,9 +126,19 @@ def test_a_planted_link_is_not_followed(path: Path) -> None:
     victim = path.parent / "victim"
     victim.write_bytes(b"untouched")
     path.symlink_to(victim)
-    with pytest.raises(OSError):
-        EventLog(path, "root").write("gpu.held", NOW)
+    log = EventLog(path, "root")
+    log.write("gpu.held", NOW)
+    assert log.problem is not None
     assert victim.read_bytes() == b"untouched"
+
+
+def test_a_log_that_cannot_be_written_is_a_problem_to_tell_not_an_error(path: Path) -> None:
+    path.parent.write_text("a file", encoding="utf-8")
+    log = EventLog(path, "root")
+    assert log.problem is None
+    log.write("gpu.held", NOW)
+    assert log.problem is not None
+    assert str(path) in log.problem
 
 
 def _write(path: Path, worker: int) -> None:

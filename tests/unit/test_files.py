@@ -62,3 +62,15 @@ def test_a_failure_leaves_the_old_content_and_no_rest(tmp_path: Path) -> None:
 def test_a_missing_directory_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         files.replace(tmp_path / "nowhere" / "file", b"", 0o644)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077], ids=oct)
+def test_a_directory_that_is_made_has_the_mode_and_one_that_is_there_keeps_its_own(
+    mask: int, tmp_path: Path, umask: Callable[[int], int]
+) -> None:
+    umask(mask)
+    files.make_directory(tmp_path / "new" / "inner", 0o750)
+    assert stat.S_IMODE((tmp_path / "new" / "inner").stat().st_mode) == 0o750
+    (tmp_path / "new" / "inner").chmod(0o711)
+    files.make_directory(tmp_path / "new" / "inner", 0o750)
+    assert stat.S_IMODE((tmp_path / "new" / "inner").stat().st_mode) == 0o711

@@ -308,6 +308,19 @@ def test_the_slice_s_limits(layer: dict[str, Any], properties: dict[str, str], p
     assert value.aggregate.properties() == properties
 
 
+@pytest.mark.parametrize("aggregate", [{"cpu_quota": "0%"}, {"tasks_max": 0}, {"memory_max": "0g"}], ids=str)
+def test_zero_never_becomes_a_slice_property_that_means_no_limit(aggregate: dict[str, Any]) -> None:
+    # systemd ignores CPUQuota=0% and TasksMax=0, and kills whatever starts under MemoryMax=0.
+    with pytest.raises(Ds01Error) as caught:
+        resolved(groups={"r": {"members": ["alice"], "aggregate": aggregate}})
+    assert caught.value.reason == "config_invalid"
+
+
+def test_who_may_have_no_container_has_limits_all_the_same() -> None:
+    value = resolved(defaults={"max_containers_per_user": 0})
+    assert value.aggregate.properties() == {"CPUQuota": "800%", "MemoryMax": "32G", "TasksMax": "4096"}
+
+
 def test_an_override_s_aggregate_changes_single_keys() -> None:
     value = resolved(
         groups={"r": {"members": ["alice"], "aggregate": {"cpu_quota": "100%", "memory_max": "10g"}}},

@@ -21,11 +21,11 @@ def test_only_an_uncut_gpu_is_full(profile: str, full: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stopped", "container_id", "status"),
-    [(False, None, "pending"), (False, "c0ffee", "active"), (True, "c0ffee", "held"), (True, None, "held")],
+    ("stopped", "pending", "status"),
+    [(False, True, "pending"), (False, False, "active"), (True, False, "held"), (True, True, "held")],
 )
-def test_status_of_an_allocation(stopped: bool, container_id: str | None, status: str) -> None:
-    allocation = Allocation("p._.alice", "alice", (), 10, NOW, NOW if stopped else None, container_id)
+def test_status_of_an_allocation(stopped: bool, pending: bool, status: str) -> None:
+    allocation = Allocation("p._.alice", "alice", (), 10, NOW, NOW if stopped else None, pending=pending)
     assert allocation.status == status
 
 
@@ -35,20 +35,35 @@ def test_gpu_id_joins_several_devices() -> None:
     assert ledger.allocations["p._.alice"].gpu_id == "0,1:1"
 
 
-def test_inventory_finds_by_uuid() -> None:
-    inventory = machine(["2g.20gb", "2g.20gb"])
-    assert inventory.by_uuid("MIG-0-1") == inventory.devices[1]
-    assert inventory.by_uuid("MIG-9-9") is None
-    assert inventory.by_uuid("GPU-0") is None, "a GPU in MIG mode is no device"
+def recorded(id_: str, uuid: str) -> Device:
+    return Device(id_, uuid, "", "full")
+
+
+@pytest.mark.parametrize(
+    ("record", "found"),
+    [
+        (recorded("0:1", "MIG-0-1"), "0:1"),
+        (recorded("0:0", "MIG-0-1"), "0:1"),
+        (recorded("0:1", "MIG-gone"), None),
+        (recorded("0:1", ""), "0:1"),
+        (recorded("0:7", ""), None),
+        (recorded("0", "GPU-0"), None),
+        (recorded("0", ""), None),
+    ],
+    ids=["same", "moved", "gone", "old record", "old record, gone", "its GPU is cut", "old record, its GPU is cut"],
+)
+def test_a_recorded_device_is_found_by_uuid_else_by_id(record: Device, found: str | None) -> None:
+    device = machine(["2g.20gb", "2g.20gb"]).find(record)
+    assert (device.id if device else None) == found
 
 
 def test_ledger_says_who_holds_what() -> None:
-    ledger = taken(machine("full", "full", "full"), alice="0", bob="1")
+    inventory = machine("full", "full", "full")
+    ledger = taken(inventory, alice="0", bob="1")
     assert [a.container for a in ledger.of_user("alice")] == ["p._.alice"]
     assert ledger.of_user("carol") == ()
-    assert (holder := ledger.holder_of("GPU-1")) is not None
-    assert holder.user == "bob"
-    assert ledger.holder_of("GPU-2") is None
+    holders = [ledger.holder_of(device) for device in inventory.devices]
+    assert [h and h.user for h in holders] == ["alice", "bob", None]
 
 
 def test_a_ledger_is_changed_by_making_another() -> None:

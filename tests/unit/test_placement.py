@@ -274,7 +274,7 @@ def test_quota_counts_an_allocation_in_any_state(status: str) -> None:
     ledger = taken(inventory, alice="0")
     mine = replace(
         ledger.allocations["p._.alice"],
-        container_id=None if status == "pending" else "c0ffee",
+        pending=status == "pending",
         stopped_at=NOW if status == "held" else None,
     )
     assert mine.status == status
@@ -442,7 +442,7 @@ def test_granted_devices_are_free_healthy_distinct_and_allowed(case: tuple[Reque
     booked = {i for r in now.reservations if r.user != "alice" for i in r.devices}
     for device in granted:
         assert device in now.inventory.devices
-        assert now.ledger.holder_of(device.uuid) is None
+        assert now.ledger.holder_of(device) is None
         assert device.health == "ok"
         assert device.id not in booked
         assert request.profile in (None, device.profile)
@@ -469,7 +469,7 @@ def test_a_refusal_for_want_of_devices_means_that_there_are_too_few(case: tuple[
         if (wish == d.profile or (wish == "any" and (limits.allow_full_gpu or not d.is_full)))
         and d.health == "ok"
         and d.id not in booked
-        and now.ledger.holder_of(d.uuid) is None
+        and now.ledger.holder_of(d) is None
     ]
     assert len(usable) < request.gpus
 

@@ -59,6 +59,7 @@ def test_the_file_as_documented() -> None:
                     }
                 ],
                 "container_id": "c0ffee",
+                "pending": False,
             }
         },
         "queue": [],
@@ -128,6 +129,7 @@ _ALLOCATIONS = st.builds(
     allocated_at=_WHEN,
     stopped_at=st.none() | _WHEN,
     container_id=st.none() | st.text("0123456789abcdef", min_size=64, max_size=64),
+    pending=st.booleans(),
 )
 _LEDGERS = st.builds(
     Ledger,

@@ -80,16 +80,13 @@ def test_a_second_allocation_of_another_kind_is_no_silent_yes(wish: dict[str, An
     assert outcome.allocation == ledger.allocations["p._.alice"]
 
 
-def test_an_allocation_under_this_name_that_is_somebody_else_s_is_not_given_away() -> None:
-    ledger = taken(FOUR, bob="0")
-    stolen = replace(ledger.allocations["p._.bob"], container="p._.1001")
-    outcome = decide(
-        Change("allocated", ContainerName("p", "1001", "p._.1001")),
-        config_of(**EASY),
-        situation(Ledger({"p._.1001": stolen})),
-    )
-    assert not outcome.ok
-    assert outcome.allocation in (None, stolen)
+@pytest.mark.parametrize("state", ["allocated", "held", "active", "released"])
+def test_an_allocation_under_this_name_that_is_somebody_else_s_is_left_alone(state: str) -> None:
+    hers = replace(taken(FOUR, bob="0").allocations["p._.bob"], container="p._.1001")
+    ledger = Ledger({"p._.1001": hers})
+    outcome = run(Change(state, ContainerName("p", "1001", "p._.1001")), ledger)
+    assert (outcome.ok, outcome.changed) == (False, False)
+    assert after(ledger, outcome) == ledger
 
 
 def test_a_refusal_leaves_everything_as_it_was() -> None:
@@ -224,6 +221,20 @@ def test_active_ends_the_hold_and_takes_the_container_s_id() -> None:
     assert outcome.allocation.status == "active"
 
 
+def test_what_is_active_is_not_pending_any_more() -> None:
+    granted = after(Ledger(), run(change("allocated")))
+    outcome = run(change("active"), granted)
+    assert (outcome.changed, outcome.allocation and outcome.allocation.status) == (True, "active")
+
+
+@pytest.mark.parametrize("inventory", [machine(), machine("full", sick={"0": "lost"})], ids=["gone", "lost"])
+def test_an_allocation_whose_device_is_gone_is_no_yes(inventory: Inventory) -> None:
+    ledger = taken(FOUR, alice="0")
+    outcome = run(change("allocated"), ledger, inventory=inventory)
+    assert (outcome.ok, outcome.reason, outcome.changed) == (False, "gpu_unhealthy", False)
+    assert outcome.hint == "Release it, then allocate again: ds01 release --container p._.alice"
+
+
 def test_active_keeps_a_known_container_id() -> None:
     outcome = run(change("active"), taken(FOUR, alice="0"))
     assert (outcome.changed, outcome.allocation and outcome.allocation.container_id) == (False, "c0ffee")
@@ -301,6 +312,7 @@ def test_result_of_a_grant() -> None:
             }
         ],
         "container_id": None,
+        "pending": True,
     }
 
 

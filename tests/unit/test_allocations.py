@@ -1,0 +1,275 @@
+"""The verbs in one process, on a machine that the test makes up: batches, events, projections."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+from ds01 import nvml
+from ds01.allocations import Allocations
+from ds01.errors import Ds01Error
+from ds01.model import Inventory
+from ds01.names import ContainerName
+from ds01.paths import Paths
+from ds01.transitions import Change
+from support import NOW, Host, machine
+
+INVENTORY = machine(["2g.20gb"] * 3, ["2g.20gb"] * 3, "full")
+LIMITS = """
+defaults: {max_gpus: 2, max_gpus_per_container: 2, gpu_hold_after_stop: 1h}
+gpu_allocation: {enable_mig: true, mig_profile: 2g.20gb}
+user_overrides: {nohold: {gpu_hold_after_stop: 0}}
+"""
+
+
+class Driver:
+    """Stands in for an NVML session: the inventory is whatever the test says."""
+
+    def __init__(self, inventory: Inventory) -> None:
+        self.now = inventory
+
+    def inventory(self) -> Inventory:
+        return self.now
+
+    @contextmanager
+    def session(self) -> Iterator[Driver]:
+        yield self
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    made = Driver(INVENTORY)
+    monkeypatch.setattr(nvml, "session", made.session)
+    return made
+
+
+@pytest.fixture
+def clock() -> list[datetime]:
+    return [NOW]
+
+
+@pytest.fixture
+def ds01(host: Host, driver: Driver, clock: list[datetime]) -> Allocations:
+    host.limits(LIMITS)
+    paths = Paths(host.config, host.state, host.log, host.cdi, (host.cdi,))
+    host.cdi.mkdir()
+    devices = [{"name": d.uuid, "containerEdits": {}} for d in INVENTORY.devices]
+    spec = {"cdiVersion": "0.6.0", "kind": "nvidia.com/gpu", "devices": devices}
+    (host.cdi / "nvidia.json").write_text(json.dumps(spec), encoding="utf-8")
+    return Allocations(paths, "tester", lambda: clock[0])
+
+
+def change(state: str, user: str, project: str = "p", **rest: object) -> Change:
+    return Change(state, ContainerName(project, user, f"{project}._.{user}"), **rest)
+
+
+def projections(host: Host) -> dict[str, str]:
+    """The devices that a container could start with now, by container."""
+    specs = [json.loads(file.read_text(encoding="utf-8")) for file in host.cdi.glob("ds01-*.json")]
+    return {spec["devices"][0]["name"]: spec["annotations"]["ds01.io/uuids"] for spec in specs}
+
+
+def ledger_says(host: Host) -> dict[str, str]:
+    allocations = json.loads(host.ledger.read_bytes())["allocations"] if host.ledger.exists() else {}
+    return {name: ",".join(d["uuid"] for d in a["devices"]) for name, a in allocations.items()}
+
+
+def test_a_batch_is_decided_in_order_and_a_refusal_does_not_stop_it(ds01: Allocations, host: Host) -> None:
+    outcomes = ds01.apply(
+        [
+            change("allocated", "alice", "a"),
+            change("allocated", "alice", "b", gpus=2),
+            change("allocated", "bob", "c", gpus=2),
+            change("released", "alice", "a"),
+            change("allocated", "alice", "b", gpus=2),
+        ]
+    )
+    assert [o.reason for o in outcomes] == ["granted", "user_at_limit", "granted", "released", "granted"]
+    assert set(ledger_says(host)) == {"b._.alice", "c._.bob"}
+    assert json.loads(host.ledger.read_bytes())["generation"] == 1
+    events = [json.loads(line)["event"] for line in host.events.read_text(encoding="utf-8").splitlines()]
+    assert events == ["gpu.allocated", "gpu.refused", "gpu.allocated", "gpu.released", "gpu.allocated"]
+
+
+def test_what_can_start_is_what_the_ledger_grants(ds01: Allocations, host: Host) -> None:
+    for changes in (
+        [change("allocated", "alice"), change("allocated", "nohold", gpus=2)],
+        [change("held", "alice"), change("held", "nohold")],
+        [change("active", "alice"), change("allocated", "bob")],
+        [change("released", "alice"), change("allocated", "alice", "q")],
+        [change("allocated", "eve"), change("released", "eve")],
+    ):
+        ds01.apply(changes)
+        assert projections(host) == ledger_says(host)
+    assert set(ledger_says(host)) == {"p._.bob", "q._.alice"}
+
+
+def test_when_one_projection_fails_no_other_of_the_batch_stays(ds01: Allocations, host: Host) -> None:
+    ds01.apply([change("allocated", "alice")])
+    (host.cdi / ".ds01-p._.bob.json.new").mkdir()
+    with pytest.raises(Ds01Error) as caught:
+        ds01.apply([change("allocated", "carol"), change("allocated", "bob")])
+    assert (caught.value.reason, caught.value.exit_code) == ("permission_denied", 3)
+    assert set(ledger_says(host)) == {"p._.alice"}
+    assert projections(host) == ledger_says(host), "a container without an allocation could start"
+
+
+def test_when_a_projection_fails_what_the_batch_released_is_not_half_there(ds01: Allocations, host: Host) -> None:
+    ds01.apply([change("allocated", "alice")])
+    (host.cdi / ".ds01-p._.bob.json.new").mkdir()
+    with pytest.raises(Ds01Error):
+        ds01.apply([change("released", "alice"), change("allocated", "bob")])
+    assert projections(host) == ledger_says(host)
+
+
+def test_a_preview_is_what_apply_does_and_writes_nothing(ds01: Allocations, host: Host) -> None:
+    changes = [change("allocated", "alice"), change("allocated", "alice", "q", gpus=2), change("released", "alice")]
+    before = host.tree()
+    foreseen = ds01.preview(changes)
+    assert host.tree() == before
+    assert not host.state.exists()
+    done = ds01.apply(changes)
+    assert [o.result() for o in foreseen] == [o.result() for o in done]
+
+
+def test_nothing_to_do_writes_nothing(ds01: Allocations, host: Host, clock: list[datetime]) -> None:
+    ds01.apply([change("allocated", "alice")])
+    before = host.tree()
+    clock[0] += timedelta(days=1)
+    outcomes = ds01.apply([change("allocated", "alice"), change("released", "bob")])
+    assert [(o.reason, o.changed) for o in outcomes] == [("already_allocated", False), ("not_allocated", False)]
+    assert host.tree() == before
+
+
+def test_status_tells_when_a_hold_ends(ds01: Allocations) -> None:
+    ds01.apply([change("allocated", "alice"), change("held", "alice", stopped_at=NOW - timedelta(minutes=20))])
+    (shown,) = ds01.status()["allocations"]
+    assert (shown["status"], shown["stopped_at"]) == ("held", "2025-11-21T10:10:00Z")
+    assert shown["hold_ends"] == "2025-11-21T11:10:00Z"
+    assert ds01.status("bob")["allocations"] == []
+
+
+@pytest.mark.parametrize(
+    ("gpu", "reason"),
+    [
+        (None, "granted"),
+        ("0:0", "granted"),
+        ("0.0", "granted"),
+        ("MIG-0-0", "granted"),
+        ("0:1", "not_allocated"),
+        ("MIG-0-1", "not_allocated"),
+        ("0", "not_allocated"),
+        ("0:00", "not_allocated"),
+    ],
+)
+def test_validate(gpu: str | None, reason: str, ds01: Allocations) -> None:
+    ds01.apply([change("allocated", "alice")])
+    outcome = ds01.validate(ContainerName("p", "alice", "p._.alice"), gpu)
+    assert (outcome.reason, outcome.ok, outcome.changed) == (reason, reason == "granted", False)
+
+
+def _cut_anew(driver: Driver, host: Host) -> None:
+    # The same profile under the same index 0:0, but the driver gave it another UUID.
+    first, *others = INVENTORY.devices
+    driver.now = replace(INVENTORY, devices=(replace(first, uuid="MIG-new"), *others))
+
+
+def _fail(driver: Driver, host: Host) -> None:
+    driver.now = machine(["2g.20gb"] * 3, ["2g.20gb"] * 3, "full", sick={"0:0": "failed"})
+
+
+def _withdraw(driver: Driver, host: Host) -> None:
+    (host.cdi / "ds01-p._.alice.json").unlink()
+
+
+def _swap(driver: Driver, host: Host) -> None:
+    file = host.cdi / "ds01-p._.alice.json"
+    file.write_text(file.read_text(encoding="utf-8").replace("MIG-0-0", "MIG-0-1"), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("accident", "reason"), [(_cut_anew, "gpu_unhealthy"), (_fail, "gpu_unhealthy"), (_swap, "not_allocated")]
+)
+def test_validate_finds_what_went_wrong(
+    accident: Callable[[Driver, Host], None], reason: str, ds01: Allocations, driver: Driver, host: Host
+) -> None:
+    ds01.apply([change("allocated", "alice")])
+    accident(driver, host)
+    outcome = ds01.validate(ContainerName("p", "alice", "p._.alice"))
+    assert (outcome.ok, outcome.reason) == (False, reason)
+
+
+@pytest.mark.parametrize("accident", [_withdraw, _swap])
+def test_asking_again_mends_the_projection(
+    accident: Callable[[Driver, Host], None], ds01: Allocations, driver: Driver, host: Host
+) -> None:
+    ds01.apply([change("allocated", "alice")])
+    accident(driver, host)
+    assert ds01.apply([change("allocated", "alice")])[0].ok
+    assert projections(host) == ledger_says(host)
+
+
+def test_a_log_that_cannot_be_written_is_a_warning(ds01: Allocations, host: Host) -> None:
+    host.log.write_text("a file", encoding="utf-8")
+    (outcome,) = ds01.apply([change("allocated", "alice")])
+    assert outcome.ok
+    assert [w for w in outcome.warnings if "event log" in w]
+    assert set(ledger_says(host)) == {"p._.alice"}
+
+
+@pytest.mark.parametrize(
+    ("container", "user", "full"),
+    [
+        ("p", "alice", "p._.alice"),
+        ("p._.alice", None, "p._.alice"),
+        ("p", None, "p._.alice"),
+        ("q", "alice", "q._.alice"),
+    ],
+)
+def test_the_container_that_somebody_means(
+    container: str, user: str | None, full: str, ds01: Allocations, host: Host
+) -> None:
+    ds01.apply([change("allocated", "alice"), change("allocated", "bob", "q"), change("allocated", "eve", "q")])
+    assert ds01.name(container, user).full == full
+
+
+@pytest.mark.parametrize(
+    ("container", "user", "reason"),
+    [
+        ("q", None, "invalid_input"),
+        ("r", None, "not_allocated"),
+        ("p", "", "invalid_input"),
+        ("p._.alice", "bob", "invalid_input"),
+        ("../p", None, "invalid_input"),
+    ],
+    ids=["ambiguous", "unknown", "an empty user is no absent one", "somebody else's", "hostile"],
+)
+def test_what_nobody_can_mean(container: str, user: str | None, reason: str, ds01: Allocations) -> None:
+    ds01.apply([change("allocated", "alice"), change("allocated", "bob", "q"), change("allocated", "eve", "q")])
+    with pytest.raises(Ds01Error) as caught:
+        ds01.name(container, user)
+    assert caught.value.reason == reason
+
+
+def test_no_projection_without_nvidia_s_spec_is_a_warning_where_there_is_no_engine(
+    ds01: Allocations, host: Host
+) -> None:
+    (host.cdi / "nvidia.json").unlink()
+    (outcome,) = ds01.apply([change("allocated", "alice")])
+    assert outcome.ok
+    assert outcome.warnings == ("No NVIDIA CDI spec on this host: no CDI device was written.",)
+
+
+def test_the_paths_of_a_host(host: Host) -> None:
+    paths = Paths.from_env()
+    assert (paths.config, paths.ledger, paths.events) == (host.config, host.ledger, host.events)
+    assert paths.metadata == host.state / "container-metadata"
+    installed = Paths.from_env({})
+    assert installed.ledger == Path("/var/lib/ds01/gpu-state.json")
+    assert installed.events == Path("/var/log/ds01/events.jsonl")
+    assert installed.cdi == Path("/var/run/cdi")
