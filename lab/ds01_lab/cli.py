@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(
             f"lab: the Docker engine refused: {error}\n  next: lab/lab status, or lab/lab down and up again\n"
         )
+    except KeyboardInterrupt:
+        return 130
     return 1
 
 
@@ -55,15 +57,14 @@ def up(arguments: argparse.Namespace) -> None:
 def down(arguments: argparse.Namespace) -> None:
     """One prefix's hosts away; without a prefix all of them, and the engine if the lab started it."""
     with _alone():
-        url = engine.find()
+        url = engine.find_to_stop() if arguments.name is None else engine.find()
         gone = set()
         if url:
             client = engine.connect(url)
             for container in host.every(client, arguments.name):
                 gone.add(container.labels[options.LABEL])
                 host.remove(container)
-        # Without any host there may still be an inventory, of hosts that went with their machine.
-        for prefix in gone or {arguments.name or DEFAULT_PREFIX}:
+        for prefix in gone:
             inventory.write(arguments.inventory or inventory_dir(prefix), prefix, [])
         if arguments.name is None:
             engine.stop()

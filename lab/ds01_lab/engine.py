@@ -3,12 +3,13 @@
 import os
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import docker
 from docker.errors import DockerException
 
-from . import apt, network
+from . import apt, mounts, network
 from .errors import LabError
 from .paths import RUN, STATE
 from .shell import as_root, own_directory, run, say
@@ -63,23 +64,33 @@ def ensure() -> str:
     return find() or _start()
 
 
-def stop() -> bool:
-    """Stop the private engine and take its bridge and mounts away; False where none was running."""
+def find_to_stop() -> str | None:
+    """As `find`; a private engine that was killed, or went with a reboot, is started again if it has hosts.
+
+    They would run on unseen, or come back with the next start.
+    """
+    url = find()
+    containers = DATA / "containers"
+    if url is None and containers.exists() and run(as_root(["find", containers, "-mindepth", "1", "-maxdepth", "1"])):
+        return _start()
+    return url
+
+
+def stop() -> None:
+    """Stop the private engine if it runs, and take its bridge and mounts away."""
     pid = _own_pid()
     if pid is not None:
         say("engine: stopping the private dockerd")
-        run(as_root(["kill", "-TERM", str(pid)]))
-        _await_end(pid)
+        _end(pid)
     network.down()
-    for mount in _mounts_below(DATA, RUN):
-        run(as_root(["umount", "--lazy", mount]))
-    return pid is not None
+    mounts.release(DATA, RUN)
 
 
 def _start() -> str:
     say("engine: starting a private dockerd (about 3 s)")
     own_directory(STATE)
     own_directory(RUN)
+    _clear_killed()
     network.up()
     choices = {
         "data-root": DATA,
@@ -116,24 +127,44 @@ def _fail(what: str) -> None:
 
 
 def _own_pid() -> int | None:
-    """The private dockerd's process id. A pid file outlives its process, so the command line must be ours too."""
+    return _process(PIDFILE, "dockerd")
+
+
+def _process(pidfile: Path, program: str) -> int | None:
+    """The private engine's process. A pid file outlives it, so the command line must be that program's and ours."""
     try:
-        pid = int(PIDFILE.read_text())
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        pid = int(pidfile.read_text())
     except (OSError, ValueError):
         return None
-    return pid if Path(words[0]).name == "dockerd" and f"--pidfile={PIDFILE}" in words else None
+    words = _command_line(pid)
+    return pid if Path(words[0]).name == program and any(str(RUN) in word for word in words) else None
 
 
-def _await_end(pid: int) -> None:
+def _command_line(pid: int) -> list[str]:
+    """A process's words; one empty word for a process that has ended, waited for or not."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    except OSError:
+        return [""]
+
+
+def _clear_killed() -> None:
+    """After a dockerd that was killed: its containerd must be gone and its pid files too, or the next one stumbles."""
+    if _own_pid() is not None:
+        return
+    containerd = RUN / "exec" / "containerd" / "containerd.pid"
+    _end(_process(containerd, "containerd"))
+    run(as_root(["rm", "-f", PIDFILE, containerd]))
+
+
+def _end(pid: int | None) -> None:
+    """Ask a process to end, and wait until it has."""
+    if pid is None:
+        return
+    with suppress(LabError):  # it may have ended by itself
+        run(as_root(["kill", "-TERM", str(pid)]))
     deadline = time.monotonic() + STOP_SECONDS
-    while Path(f"/proc/{pid}").exists():
+    while _command_line(pid) != [""]:
         if time.monotonic() > deadline:
-            raise LabError(f"dockerd (pid {pid}) does not stop", f"read {LOG}")
+            raise LabError(f"process {pid} of the lab's engine does not stop", f"read {LOG}")
         time.sleep(0.1)
-
-
-def _mounts_below(*roots: Path) -> list[str]:
-    """Mount points that a killed engine left, the deepest first."""
-    points = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
-    return sorted((p for p in points if any(p.startswith(f"{root}/") for root in roots)), reverse=True)

@@ -147,7 +147,7 @@ def _await_boot(container: Container) -> None:
             tail = _journal(container)
             raise LabError(
                 f"{container.name}: systemd is {state or 'not there'} after {BOOT_SECONDS} s\n{tail}",
-                f"look inside: docker exec {container.name} systemctl list-jobs",
+                f"look inside: DOCKER_HOST=$(lab/lab engine) docker exec {container.name} systemctl list-jobs",
             )
         time.sleep(0.1)
     if state == "degraded":
@@ -191,7 +191,7 @@ def _journal(container: Container) -> str:
     """The end of the host's journal, or of its console where there is no journal yet."""
     try:
         done = container.exec_run(["journalctl", "--boot", "--no-pager", "--lines=20"])
-        if done.exit_code == 0:
+        if done.exit_code == 0 and b"-- No entries --" not in done.output:
             return done.output.decode()
     except APIError:
         pass  # not running any more

@@ -7,7 +7,7 @@ from pathlib import Path
 import docker
 from docker.errors import APIError, ImageNotFound
 
-from . import apt
+from . import apt, mounts
 from .paths import CACHE
 from .shell import as_root, own_directory, run, say
 
@@ -84,7 +84,7 @@ def _build(archive: Path) -> None:
     say(f"host image: debootstrap {SUITE} (about 60 s, once)")
     root = CACHE / "rootfs"
     partial = archive.with_suffix(".partial")
-    run(as_root(["rm", "-rf", root]))
+    _discard(root)
     # A debootstrap older than the suite lacks its script; sid's is the one all recent suites share.
     script = SCRIPTS / SUITE if (SCRIPTS / SUITE).exists() else SCRIPTS / "sid"
     choices = (f"--keyring={KEYRING}", f"--include={','.join(PACKAGES)}")
@@ -100,7 +100,13 @@ def _build(archive: Path) -> None:
         run(as_root(["tar", "-C", root, *excludes, "-cf", partial, "."]), timeout=300)
         run(as_root(["mv", partial, archive]))
     finally:
-        run(as_root(["rm", "-rf", root, partial]))
+        _discard(root)
+        run(as_root(["rm", "-f", partial]))
+
+
+def _discard(root: Path) -> None:
+    mounts.release(root)  # an interrupted debootstrap leaves proc and sys mounted
+    run(as_root(["rm", "--recursive", "--force", "--one-file-system", root]))
 
 
 def _forget_older(client: docker.DockerClient, archive: Path) -> None:

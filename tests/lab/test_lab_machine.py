@@ -1,7 +1,9 @@
 """What the lab reads off, and does to, the machine it runs on."""
 
+from pathlib import Path
+
 import pytest
-from ds01_lab import apt, engine, network
+from ds01_lab import apt, engine, mounts, network
 
 
 def test_the_mirror_is_debians_main_archive_not_security_nor_a_third_party():
@@ -27,3 +29,9 @@ def test_a_pid_file_of_somebody_elses_process_is_not_ours(tmp_path, monkeypatch,
     monkeypatch.setattr(engine, "PIDFILE", tmp_path / "dockerd.pid")
     engine.PIDFILE.write_text(content)
     assert engine._own_pid() is None
+
+
+def test_mounts_are_released_deepest_first_and_only_below():
+    table = "x /a/b ext4 rw\nx /a/b/c proc rw\nx /a/bc ext4 rw\nx /a ext4 rw\n"
+    assert mounts.below(table, Path("/a/b")) == ["/a/b/c"]
+    assert mounts.below(table, Path("/a")) == ["/a/bc", "/a/b/c", "/a/b"]
