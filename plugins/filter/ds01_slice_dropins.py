@@ -8,7 +8,7 @@ author: The DS01 authors (@ds01)
 version_added: "0.1.0"
 short_description: The systemd drop-ins that hold users to their limits
 description:
-  - Reads the limits file on the controller and says which drop-in directories a host needs - one for each group, which
+  - Reads the limits file on the controller and writes the drop-ins that a host needs - one for each group, which
     systemd applies to the slices of all its users, and one for each user whose override differs.
   - A file that is missing or wrong is an error that names the place in the file.
 options:
@@ -26,15 +26,15 @@ EXAMPLES = r"""
 
 RETURN = r"""
 _value:
-  description: Name of a drop-in directory to the slice's properties. No property is no limit.
+  description: Path below C(/etc/systemd/system) to the file's text. A property that is not there is no limit.
   type: dict
   sample:
-    ds01-researcher-.slice.d: {CPUQuota: "4800%", MemoryMax: 192G, MemoryHigh: 172G, TasksMax: "12288"}
+    ds01-researcher-.slice.d/50-ds01.conf: "[Slice]\nCPUQuota=4800%\nMemoryMax=192G\nTasksMax=12288\n"
 """
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ansible.errors import AnsibleFilterError
 
@@ -45,12 +45,18 @@ from ds01 import config, limits
 from ds01.errors import Ds01Error
 
 
-def ds01_slice_dropins(path: str) -> dict[str, dict[str, Any]]:
-    """Drop-in directory -> properties of the slice."""
+def ds01_slice_dropins(path: str) -> dict[str, str]:
+    """Path below /etc/systemd/system -> the file's text."""
     try:
-        return limits.slice_dropins(config.load(Path(path)))
+        dropins = limits.slice_dropins(config.load(Path(path)))
     except Ds01Error as exc:
         raise AnsibleFilterError(str(exc)) from None
+    return {f"{directory}/50-ds01.conf": _text(properties) for directory, properties in dropins.items()}
+
+
+def _text(properties: Mapping[str, str]) -> str:
+    lines = [f"{name}={value}" for name, value in properties.items()]
+    return "\n".join(["# Managed by Ansible (DS01, role ds01_slices).", "[Slice]", *lines, ""])
 
 
 class FilterModule:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import posixpath
+import re
 import shlex
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ _NANO = 1_000_000_000
 _MEMLOCK_UNLIMITED = -1
 _STACK_BYTES = 64 * 1024 * 1024
 _IMAGE_MAX = 255
+_PORT = re.compile(r"((?P<ip>[0-9.]+|\[[0-9a-f:]+\]):)?(?P<host>[0-9]{1,5}):(?P<inner>[0-9]{1,5})")
 
 # A process that ends at once when asked to, and reaps what users leave behind; people come in with
 # `docker exec`, so it needs no more.
@@ -82,7 +84,7 @@ def parse_mount(text: str, defaults: ContainerDefaults) -> Mount:
     source, target = (posixpath.normpath(part) for part in parts[:2])
     if not source.startswith("/") or not target.startswith("/") or target == "/":
         raise invalid_input(f"{text!r} is not a mount.", "Both paths are absolute.")
-    if not any(source == root or source.startswith(f"{root.rstrip('/')}/") for root in defaults.allowed_mounts):
+    if not any(below(source, root) for root in defaults.allowed_mounts):
         allowed = ", ".join(defaults.allowed_mounts) or "none"
         raise Ds01Error(
             "invalid_input",
@@ -90,6 +92,12 @@ def parse_mount(text: str, defaults: ContainerDefaults) -> Mount:
             "An admin can add it to containers.allowed_mounts in resource-limits.yaml.",
         )
     return Mount(source, target, parts[2:] == ["ro"])
+
+
+def below(path: str, root: str) -> bool:
+    """Whether a normalised path is the directory or lies in it."""
+    root = root.rstrip("/")
+    return path == root or path.startswith(f"{root}/")
 
 
 def check_network(mode: str, defaults: ContainerDefaults) -> None:
@@ -190,11 +198,12 @@ def _ports(ports: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     exposed: dict[str, Any] = {}
     bindings: dict[str, Any] = {}
     for text in ports:
-        *address, host, inner = text.rsplit(":", 2) if text.count(":") > 1 else text.split(":")
-        if not (host.isdecimal() and inner.isdecimal() and 0 < int(host) < 65536 and 0 < int(inner) < 65536):
+        match = _PORT.fullmatch(text)
+        if not match or not all(0 < int(match[key]) < 65536 for key in ("host", "inner")):
             raise invalid_input(f"{text!r} is not a port mapping.", "Write 8888:8888 or 127.0.0.1:8888:8888.")
-        exposed[f"{inner}/tcp"] = {}
-        bindings.setdefault(f"{inner}/tcp", []).append({"HostIp": address[0] if address else "", "HostPort": host})
+        exposed[f"{match['inner']}/tcp"] = {}
+        binding = {"HostIp": match["ip"] or "", "HostPort": match["host"]}
+        bindings.setdefault(f"{match['inner']}/tcp", []).append(binding)
     return exposed, bindings
 
 

@@ -291,7 +291,8 @@ class Containers:
         container_spec.check_image(request.image)
         container_spec.check_env(request.env)
         container_spec.check_network(request.network_mode, defaults)
-        mounts = [container_spec.parse_mount(text, defaults) for text in request.mounts]
+        parsed = [container_spec.parse_mount(text, defaults) for text in request.mounts]
+        mounts = [workspace.check_mount(mount, defaults.allowed_mounts) for mount in parsed]
         image = self._engine.image(request.image)
         if image is None:
             raise Ds01Error(

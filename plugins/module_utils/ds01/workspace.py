@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from .container_spec import Mount
+from .container_spec import Mount, below
 from .errors import Ds01Error
 from .names import Account
 
@@ -36,6 +38,19 @@ def ensure(path: str, account: Account) -> None:
             f"The workspace {path} is not a directory of {account.name} (it is {real}, of uid {owner}).",
             "Choose a directory that the user owns.",
         )
+
+
+def check_mount(mount: Mount, allowed: Sequence[str]) -> Mount:
+    """A further mount with its source's links resolved, still below an allowed directory.
+
+    Raises Ds01Error `invalid_input`.
+    """
+    real = os.path.realpath(mount.source)
+    if not Path(real).exists():
+        raise Ds01Error("invalid_input", f"{mount.source} does not exist on this host.", "Check the path.")
+    if not any(below(real, os.path.realpath(root)) for root in allowed):
+        raise Ds01Error("invalid_input", f"{mount.source} leads to {real}, which may not be mounted.")
+    return replace(mount, source=real)
 
 
 def mount(path: str, target: str) -> Mount:
