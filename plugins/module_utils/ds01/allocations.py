@@ -8,7 +8,7 @@ and one list of the engine.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
@@ -18,17 +18,18 @@ from .cdi import Cdi
 from .errors import Ds01Error, invalid_input
 from .model import Allocation, Device, Gpu, Inventory, Ledger, Refusal
 from .paths import Paths
-from .transitions import Change, Outcome, after, decide, describe, device_problem, hold_ends, refused
+from .transitions import Change, Outcome, after, decide, describe, device_problem, expired, hold_ends, refused
 
-_EVENTS = {"granted": "gpu.allocated", "held": "gpu.held", "released": "gpu.released"}
+_EVENTS = {"granted": "gpu.allocated", "held": "gpu.held", "released": "gpu.released", "expired": "gpu.released"}
 _NO_GPUS = Inventory((), ())
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """A batch decided: what becomes of each change, the ledger after it, NVIDIA's CDI spec."""
+    """A batch decided: what becomes of each change, of grants nobody came for, and the ledger after it."""
 
     outcomes: Sequence[Outcome]
+    expired: Sequence[Outcome]
     ledger: Ledger
     spec: Mapping[str, Any] | None
     now: datetime
@@ -97,12 +98,16 @@ class Allocations:
             transaction = stack.enter_context(self.store.transaction())
             before = transaction.ledger
             plan = self._plan(changes, before, driver)
+            specs = {o.name.full: self.cdi.content(o.name.full) for o in (*plan.expired, *plan.outcomes)}
             self._withdraw(plan)
             transaction.commit(plan.ledger, plan.now)
             try:
                 self._project(plan)
             except OSError as exc:
                 transaction.commit(before, plan.now)
+                for container, content in specs.items():
+                    with contextlib.suppress(OSError):
+                        self.cdi.restore(container, content)
                 raise Ds01Error(
                     "permission_denied",
                     f"The CDI directory {self.paths.cdi} cannot be written: {exc.strerror}.",
@@ -169,11 +174,16 @@ class Allocations:
         allocating = any(change.state == "allocated" for change in changes)
         containers = self.engine.containers() if allocating and not engine.disabled() else ()
         spec = self.cdi.nvidia_spec() if driver else None
+        time = self.clock()
+        asking = {change.name.full for change in changes}
+        gone = self._expired(now, {c.name for c in containers} | asking, time) if allocating else []
+        for outcome in gone:
+            now = after(now, outcome)
         situation = placement.Situation(
             ledger=now,
             inventory=driver.inventory() if driver else _NO_GPUS,
             policy=self.config.gpu,
-            now=self.clock(),
+            now=time,
             reservations=self.config.reservations,
             hold_ends=hold_ends(now, self.config),
         )
@@ -184,7 +194,19 @@ class Allocations:
             outcome = self._projectable(outcome, spec)
             situation = replace(situation, ledger=after(situation.ledger, outcome))
             outcomes.append(outcome)
-        return _Plan(outcomes, situation.ledger, spec, situation.now)
+        return _Plan(outcomes, gone, situation.ledger, spec, situation.now)
+
+    def _expired(self, now: Ledger, alive: Collection[str], time: datetime) -> list[Outcome]:
+        """Grants nobody came for, taken back: a request that died midway must not keep a GPU."""
+        return [
+            Outcome(
+                names.ContainerName(names.split(a.container)[0], a.user, a.container),
+                "expired",
+                f"{a.container} was never made: {a.gpu_id} is free again.",
+                before=a,
+            )
+            for a in expired(time, now, self.config, alive)
+        ]
 
     def _projectable(self, outcome: Outcome, spec: Mapping[str, Any] | None) -> Outcome:
         """A grant that NVIDIA's CDI spec cannot carry would never start: refuse it instead."""
@@ -200,7 +222,7 @@ class Allocations:
 
     def _withdraw(self, plan: _Plan) -> None:
         """Before the ledger forgets: killed in between, a container cannot start, rather than may."""
-        for outcome in plan.outcomes:
+        for outcome in (*plan.expired, *plan.outcomes):
             if outcome.ok and outcome.allocation is None:
                 self.cdi.withdraw(outcome.name.full)
 
@@ -212,8 +234,10 @@ class Allocations:
                 self.cdi.project(outcome.name.full, [d.uuid for d in outcome.allocation.devices], plan.spec)
 
     def _record_events(self, plan: _Plan) -> None:
-        for outcome in plan.outcomes:
+        for outcome in (*plan.expired, *plan.outcomes):
             event = _EVENTS.get(outcome.reason) if outcome.changed else None
+            if event == "gpu.allocated" and outcome.before:
+                event = "gpu.rebound"
             if not outcome.ok:
                 event = "gpu.refused"
             if event is None:

@@ -6,7 +6,6 @@ is copied by UUID out of the spec that `nvidia-ctk cdi generate` wrote; nothing 
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -58,12 +57,25 @@ class Cdi:
         """
         content = json.dumps(_container_spec(container, uuids, spec), indent=1).encode() + b"\n"
         target = self.path(container)
-        with contextlib.suppress(FileNotFoundError):
-            if target.read_bytes() == content:
-                return False
+        if self.content(container) == content:
+            return False
         files.make_directory(self._directory, 0o755)
         files.replace(target, content, 0o644)
         return True
+
+    def content(self, container: str) -> bytes | None:
+        """The container's spec file as it is; None when there is none."""
+        try:
+            return self.path(container).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def restore(self, container: str, content: bytes | None) -> None:
+        """Put the spec file back as `content` had it. Raises OSError."""
+        if content is None:
+            self.withdraw(container)
+        elif self.content(container) != content:
+            files.replace(self.path(container), content, 0o644)
 
     def withdraw(self, container: str) -> bool:
         """Take the container's device away: its next start fails. False when there was none."""

@@ -318,10 +318,10 @@ class Containers:
 
     def _change(self, wish: Wish, plan: _Plan) -> Change:
         """The allocation that this container needs: as requested, else as its labels say."""
-        if wish.request:
-            return Change("allocated", wish.name, gpus=wish.request.gpus, profile=wish.request.profile)
         labels = plan.existing.labels if plan.existing else {}
-        return Change("allocated", wish.name, gpus=_gpus(wish, plan), profile=labels.get("ds01.profile") or None)
+        profile = wish.request.profile if wish.request else labels.get("ds01.profile") or None
+        startable = plan.existing is None or plan.existing.status not in (*_RUNNING, "paused")
+        return Change("allocated", wish.name, gpus=_gpus(wish, plan), profile=profile, startable=startable)
 
     def _metadata_path(self, name: names.ContainerName) -> Any:
         return self._allocations.paths.metadata / f"{name.full}.json"

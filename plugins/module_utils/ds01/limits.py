@@ -8,6 +8,7 @@ layer's value: three different things everywhere.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
@@ -114,6 +115,14 @@ class GpuPolicy:
 
 
 @dataclass(frozen=True)
+class Policies:
+    """Rules of the house. `pending_timeout`: how long a grant waits for its container (None: for ever)."""
+
+    reclaim_holds: str = "lower_priority"
+    pending_timeout: timedelta | None = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
 class ContainerDefaults:
     """What every container gets at its first start, whatever its image.
 
@@ -139,6 +148,7 @@ class Config:
     override_aggregates: Mapping[str, RawLayer]
     reservations: tuple[Reservation, ...]
     gpu: GpuPolicy
+    policies: Policies
     containers: ContainerDefaults
 
     def group_of(self, user: str) -> str:
@@ -238,7 +248,7 @@ def _size_text(value: str) -> str:
 
 
 _CONVERT: dict[str, Callable[[Any], Any]] = {
-    **{key: lambda v: units.parse_duration(str(v)) for key in _DURATIONS},
+    **{key: lambda v: units.parse_duration(str(v)) for key in (*_DURATIONS, "pending_timeout")},
     "max_gpu_equivalents": lambda v: Fraction(str(v)),
     "max_cpus": lambda v: _above_zero(Fraction(str(v))),
     "pids_limit": lambda v: _above_zero(_count(v)),
@@ -262,6 +272,22 @@ def _reservation(user: str, raw: RawLayer, path: str) -> Reservation | None:
         raise _bad(path, "reservation_end must be later than reservation_start")
     devices = tuple(str(d).replace(".", ":") for d in raw["reserved_gpus"])
     return Reservation(user, devices, start, end, str(raw.get("reason") or ""))
+
+
+def _given_aggregate(raw: RawLayer | None, path: str) -> RawLayer:
+    """What the file says of a slice; a limit of 0 would stop every process in it."""
+    given = (raw or {}).get("aggregate") or {}
+    for key, value in given.items():
+        if value is not None and Fraction(re.sub(r"[^0-9./]", "", str(value))) == 0:
+            raise _bad(f"{path}.aggregate.{key}", "0 would stop everything in the slice; write null for unlimited")
+    return given
+
+
+def _policies(raw: RawLayer) -> Policies:
+    known = dict(raw)
+    if known.get("pending_timeout") is not None:
+        known["pending_timeout"] = _checked("pending_timeout", known["pending_timeout"], "policies.pending_timeout")
+    return Policies(**known)
 
 
 def parse_config(document: Mapping[str, Any], members: Mapping[str, tuple[str, ...]] | None = None) -> Config:
@@ -288,14 +314,15 @@ def parse_config(document: Mapping[str, Any], members: Mapping[str, tuple[str, .
             name: Group(
                 members=(*((raw or {}).get("members") or ()), *extra.get(name, ())),
                 layer=_layer(raw, f"groups.{name}"),
-                aggregate=(raw or {}).get("aggregate") or {},
+                aggregate=_given_aggregate(raw, f"groups.{name}"),
             )
             for name, raw in groups.items()
         },
         overrides={user: _layer(raw, f"user_overrides.{user}") for user, raw in overrides.items()},
-        override_aggregates={user: (raw or {}).get("aggregate") or {} for user, raw in overrides.items()},
+        override_aggregates={user: _given_aggregate(raw, f"user_overrides.{user}") for user, raw in overrides.items()},
         reservations=tuple(r for r in reservations if r),
         gpu=GpuPolicy(**{k: v for k, v in gpu.items() if k in GpuPolicy.__dataclass_fields__}),
+        policies=_policies(document.get("policies") or {}),
         containers=ContainerDefaults(
             **{k: tuple(v) if k == "allowed_mounts" else v for k, v in containers.items() if v is not None}
         ),

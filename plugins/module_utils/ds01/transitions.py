@@ -6,6 +6,7 @@ ledger, so that each change sees what those before it took.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -23,6 +24,7 @@ class Change:
 
     `priority` and `max_gpus` lower what the limits give; `may_raise` (root) lets them raise it.
     `stopped_at` is when the container stopped; `container_id` the container that becomes active.
+    `startable` says that the container does not run, so that it may be bound to another device.
     """
 
     state: str
@@ -33,6 +35,7 @@ class Change:
     max_gpus: int | None = None
     strategy: str | None = None
     may_raise: bool = False
+    startable: bool = False
     stopped_at: datetime | None = None
     container_id: str | None = None
 
@@ -130,6 +133,16 @@ def hold_ends(now: Ledger, config: Config) -> dict[str, datetime]:
     return ends
 
 
+def expired(time: datetime, now: Ledger, config: Config, alive: Collection[str]) -> tuple[Allocation, ...]:
+    """Grants whose container was not made in time: whoever asked is gone. `alive` names those that
+    exist, or are being asked for again."""
+    timeout = config.policies.pending_timeout
+    if timeout is None:
+        return ()
+    pending = (a for a in now.allocations.values() if a.status == "pending" and a.container not in alive)
+    return tuple(a for a in pending if a.allocated_at + timeout <= time)
+
+
 def device_problem(allocation: Allocation, inventory: Inventory) -> str | None:
     """Why the allocation's devices cannot be used now, or None."""
     for device in allocation.devices:
@@ -158,14 +171,17 @@ def _adjusted(limits: Limits, change: Change) -> Limits:
 
 
 def _allocate(change: Change, limits: Limits, current: Allocation | None, situation: placement.Situation) -> Outcome:
+    problem = device_problem(current, situation.inventory) if current and change.gpus else None
+    if current is not None and not (problem and change.startable):
+        return _already(change, current, problem)
     if current is not None:
-        return _already(change, current, situation.inventory)
+        situation = replace(situation, ledger=situation.ledger.without(current.container))
     if change.strategy:
         situation = replace(situation, policy=replace(situation.policy, strategy=change.strategy))
     request = Request(change.name.full, change.name.user, change.gpus, change.profile)
     decision = placement.decide(request, limits, situation)
     if isinstance(decision, Refusal):
-        return refused(change.name, decision)
+        return refused(change.name, decision, current)
     if not decision.devices:
         return Outcome(change.name, "granted", f"{change.name.full} is CPU-only: it gets no GPU.")
     allocation = Allocation(
@@ -177,12 +193,13 @@ def _allocate(change: Change, limits: Limits, current: Allocation | None, situat
         pending=True,
     )
     what = ", ".join(f"{d.id} ({d.profile})" for d in allocation.devices)
-    return Outcome(change.name, "granted", f"Allocated {what} to {allocation.container}.", allocation=allocation)
+    because = f" ({problem})" if problem else ""
+    message = f"Allocated {what} to {allocation.container}{because}."
+    return Outcome(change.name, "granted", message, allocation=allocation, before=current)
 
 
-def _already(change: Change, current: Allocation, inventory: Inventory) -> Outcome:
+def _already(change: Change, current: Allocation, problem: str | None) -> Outcome:
     """An allocation is idempotent, but a different wish is a refusal, not a silent yes."""
-    problem = device_problem(current, inventory) if change.gpus else None
     if problem:
         hint = f"Release it, then allocate again: ds01 release --container {current.container}"
         return refused(change.name, Refusal("gpu_unhealthy", f"{current.container}: {problem}.", hint), current)
