@@ -223,15 +223,16 @@ class Allocations:
     def _withdraw(self, plan: _Plan) -> None:
         """Before the ledger forgets: killed in between, a container cannot start, rather than may."""
         for outcome in (*plan.expired, *plan.outcomes):
-            if outcome.ok and outcome.allocation is None:
+            if outcome.ok and outcome.name.full not in plan.ledger.allocations:
                 self.cdi.withdraw(outcome.name.full)
 
     def _project(self, plan: _Plan) -> None:
         if plan.spec is None:
             return
         for outcome in plan.outcomes:
-            if _to_project(outcome) and outcome.allocation:
-                self.cdi.project(outcome.name.full, [d.uuid for d in outcome.allocation.devices], plan.spec)
+            final = plan.ledger.allocations.get(outcome.name.full)
+            if final and _to_project(outcome):
+                self.cdi.project(outcome.name.full, [d.uuid for d in final.devices], plan.spec)
 
     def _record_events(self, plan: _Plan) -> None:
         for outcome in (*plan.expired, *plan.outcomes):
