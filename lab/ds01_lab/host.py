@@ -21,7 +21,7 @@ DEFAULT_GPUS = "4xA100-SXM4-80GB"
 # One whole GPU and three cut for sharing: enough for every kind of request.
 DEFAULT_MIG = tuple(f"{gpu}=2g.20gb,2g.20gb,2g.20gb" for gpu in (1, 2, 3))
 PORTS = range(22200, 23000)  # below the kernel's ephemeral range, so nothing takes one while a host reboots
-BOOT_SECONDS = 60
+BOOT_SECONDS = 180  # it takes 1 s; an emulated machine was seen to take 100
 FILLED = "/usr/local/lib/ds01-lab/filled"  # on the host: the hash of the payload that its setup went through with
 
 
@@ -149,7 +149,7 @@ def _await_boot(container: Container) -> None:
                 f"{container.name}: systemd is {state or 'not there'} after {BOOT_SECONDS} s\n{tail}",
                 f"look inside: DOCKER_HOST=$(lab/lab engine) docker exec {container.name} systemctl list-jobs",
             )
-        time.sleep(0.1)
+        time.sleep(0.2)
     if state == "degraded":
         failed = _inside(container, "systemctl", "list-units", "--failed", "--plain", "--no-legend", "--no-pager")
         say(f"lab host {container.name}: up, but these units failed:\n{failed.rstrip()}")
@@ -192,10 +192,14 @@ def _journal(container: Container) -> str:
     try:
         done = container.exec_run(["journalctl", "--boot", "--no-pager", "--lines=20"])
         if done.exit_code == 0 and b"-- No entries --" not in done.output:
-            return done.output.decode()
+            return _short(done.output.decode())
     except APIError:
         pass  # not running any more
-    return container.logs(tail=20).decode()
+    return _short(container.logs(tail=20).decode())
+
+
+def _short(text: str) -> str:
+    return "\n".join(line[:160] for line in text.splitlines())
 
 
 def _machine(client: docker.DockerClient) -> dict[str, Any]:
