@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import ansible.module_utils
+import fastjsonschema
 import pytest
 from hypothesis import settings
 
@@ -25,6 +29,22 @@ from support import Host  # noqa: E402 - found on the path above
 # A busy machine is slow, not wrong: no test fails because of its duration.
 settings.register_profile("ds01", deadline=None, max_examples=60)
 settings.load_profile("ds01")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compile_each_schema_once() -> Iterator[None]:
+    """Compiling the limits file's schema takes ten times as long as the test that needs it."""
+    compile_schema = fastjsonschema.compile
+
+    @functools.cache
+    def compiled(schema: str, options: str) -> Callable[[Any], Any]:
+        return compile_schema(json.loads(schema), **json.loads(options))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            fastjsonschema, "compile", lambda schema, **options: compiled(json.dumps(schema), json.dumps(options))
+        )
+        yield
 
 
 @pytest.fixture

@@ -127,6 +127,23 @@ def test_when_a_projection_fails_what_the_batch_released_is_not_half_there(ds01:
     assert projections(host) == ledger_says(host)
 
 
+def test_killed_between_ledger_and_projection_no_container_can_start_on_another_s_device(
+    ds01: Allocations, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ds01.apply([change("allocated", "alice")])
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ds01.cdi, "project", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ds01.apply([change("released", "alice"), change("allocated", "bob"), change("allocated", "alice")])
+    granted = ledger_says(host)
+    assert granted["p._.bob"] == "MIG-0-0", "what alice had before"
+    wrong = {container: uuids for container, uuids in projections(host).items() if granted.get(container) != uuids}
+    assert wrong == {}
+
+
 def test_a_preview_is_what_apply_does_and_writes_nothing(ds01: Allocations, host: Host) -> None:
     changes = [change("allocated", "alice"), change("allocated", "alice", "q", gpus=2), change("released", "alice")]
     before = host.tree()
