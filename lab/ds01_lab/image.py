@@ -21,7 +21,7 @@ PACKAGES = (
     *("systemd", "systemd-sysv", "dbus", "libpam-systemd", "openssh-server", "sudo", "procps", "iproute2"),
     *("iputils-ping", "curl", "less", "acl", "jq"),
     # what Ansible and DS01 use on a server
-    *("python3", "python3-venv", "python3-apt", "ca-certificates"),
+    *("python3", "python3-venv", "python3-packaging", "python3-apt", "ca-certificates"),
     # its own engine
     *("docker.io", "docker-cli", "iptables"),
 )

@@ -9,6 +9,7 @@ import yaml
 
 from . import keys
 from .options import ADDRESS
+from .paths import WHEELS
 
 HEADER = "# Written by lab/lab: what is up now. Edits are lost.\n"
 
@@ -38,6 +39,7 @@ def render(endpoints: Iterable[Endpoint], known_hosts: Path) -> dict[str, Any]:
                 "ansible_ssh_private_key_file": str(keys.PRIVATE),
                 "ansible_ssh_common_args": " ".join(ssh_options(known_hosts)),
                 "ansible_python_interpreter": "/usr/bin/python3",
+                "ds01_runtime_wheels": str(WHEELS),  # lab hosts need no way out
             },
         }
     }
