@@ -164,7 +164,7 @@ import os
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.ds01.allocations import Allocations
-from ansible.module_utils.ds01.errors import Ds01Error, invalid_input
+from ansible.module_utils.ds01.errors import Ds01Error
 from ansible.module_utils.ds01.paths import Paths
 from ansible.module_utils.ds01.transitions import STATES, Change, Outcome, describe
 from ansible.module_utils.ds01_module import fail, finish
@@ -191,8 +191,6 @@ ARGUMENT_SPEC = {
 
 def to_change(item: dict, allocations: Allocations) -> Change:
     """The change that one item's options ask for."""
-    if item["gpus"] < 0:
-        raise invalid_input(f"gpus must not be negative; it is {item['gpus']}.")
     return Change(
         state=item["state"],
         name=allocations.name(item["container"], item["user"]),

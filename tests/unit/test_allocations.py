@@ -259,12 +259,11 @@ def test_the_container_that_somebody_means(
     ("container", "user", "reason"),
     [
         ("q", None, "invalid_input"),
-        ("r", None, "not_allocated"),
         ("p", "", "invalid_input"),
         ("p._.alice", "bob", "invalid_input"),
         ("../p", None, "invalid_input"),
     ],
-    ids=["ambiguous", "unknown", "an empty user is no absent one", "somebody else's", "hostile"],
+    ids=["ambiguous", "an empty user is no absent one", "somebody else's", "hostile"],
 )
 def test_what_nobody_can_mean(container: str, user: str | None, reason: str, ds01: Allocations) -> None:
     ds01.apply([change("allocated", "alice"), change("allocated", "bob", "q"), change("allocated", "eve", "q")])

@@ -208,7 +208,13 @@ def test_usage_errors_exit_2(argv: list[str], limits: Host, capsys: pytest.Captu
     assert not limits.state.exists()
 
 
-@pytest.mark.parametrize("verb", ["release", "mark-stopped", "clear-stopped", "validate"])
+def test_releasing_what_nobody_has_is_done(limits: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "release", "--container", "nothing")
+    assert (code, "Nothing is allocated" in out) == (0, True)
+    assert not limits.ledger.exists()
+
+
+@pytest.mark.parametrize("verb", ["mark-stopped", "clear-stopped", "validate"])
 def test_an_unknown_project_is_refused_and_nothing_is_written(
     verb: str, limits: Host, capsys: pytest.CaptureFixture[str]
 ) -> None:

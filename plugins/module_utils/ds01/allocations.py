@@ -72,7 +72,7 @@ class Allocations:
 
     def name(self, container: str, user: str | None = None) -> names.ContainerName:
         """The container that somebody means: a full name, a project with its user, or a project
-        name that only one allocation has."""
+        name that only one allocation has (one that none has names nobody's container)."""
         if user is not None:
             return names.container_name(container, user, accounts.lookup)
         if names.SEPARATOR in container:
@@ -84,8 +84,7 @@ class Allocations:
         if len(matches) > 1:
             raise invalid_input(f"{container} is ambiguous: {', '.join(matches)}.", "Add the user.")
         if not matches:
-            message = f"Nothing is allocated to a container of the project {container!r}."
-            raise Ds01Error("not_allocated", message, "See: ds01 status")
+            return names.ContainerName(container, "", container)
         return names.ContainerName(container, known[matches[0]].user, matches[0])
 
     def allocation(self, container: str) -> Allocation | None:
@@ -99,7 +98,7 @@ class Allocations:
             before = transaction.ledger
             plan = self._plan(changes, before, driver)
             specs = {o.name.full: self.cdi.content(o.name.full) for o in (*plan.expired, *plan.outcomes)}
-            self._withdraw(plan)
+            self._withdraw(plan, before)
             transaction.commit(plan.ledger, plan.now)
             try:
                 self._project(plan)
@@ -150,6 +149,7 @@ class Allocations:
 
     def status(self, user: str | None = None) -> dict[str, Any]:
         """GPUs, devices with who has them, allocations with when their hold ends. Read-only."""
+        user = names.canonical_user(user, accounts.lookup) if user else None
         now = self.store.read()
         with nvml.session() as driver:
             inventory = driver.inventory()
@@ -220,10 +220,11 @@ class Allocations:
         hint = "Write it anew with: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
         return refused(outcome.name, Refusal("driver_unavailable", problem, hint), outcome.before)
 
-    def _withdraw(self, plan: _Plan) -> None:
-        """Before the ledger forgets: killed in between, a container cannot start, rather than may."""
+    def _withdraw(self, plan: _Plan, before: Ledger) -> None:
+        """Before the ledger changes: killed in between, no container can start on what it had before."""
         for outcome in (*plan.expired, *plan.outcomes):
-            if outcome.ok and outcome.name.full not in plan.ledger.allocations:
+            had, has = (known.allocations.get(outcome.name.full) for known in (before, plan.ledger))
+            if outcome.ok and (has is None or (had is not None and had.devices != has.devices)):
                 self.cdi.withdraw(outcome.name.full)
 
     def _project(self, plan: _Plan) -> None:

@@ -7,6 +7,7 @@ is copied by UUID out of the spec that `nvidia-ctk cdi generate` wrote; nothing 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .libraries import require
 
 KIND = "ds01.io/gpu"
 NVIDIA_KIND = "nvidia.com/gpu"
+_VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
 _CDI_VERSION = (0, 6, 0)
 """The first version that knows a spec's annotations."""
 
@@ -104,7 +106,9 @@ def _read_spec(file: Path) -> Mapping[str, Any]:
             f"NVIDIA's CDI spec {file} cannot be read: {exc}.",
             f"Write it anew with: nvidia-ctk cdi generate --output={file}",
         ) from None
-    return spec if isinstance(spec, dict) else {}
+    if not isinstance(spec, dict):
+        return {}
+    return {**spec, "devices": [d for d in spec.get("devices") or [] if isinstance(d, dict)]}
 
 
 def _parse_yaml(text: str) -> Any:
@@ -131,7 +135,8 @@ def _container_spec(container: str, uuids: Iterable[str], spec: Mapping[str, Any
 
 def _version(theirs: str | None) -> str:
     """NVIDIA's spec version, raised to the one that this file needs."""
-    known = tuple(int(part) for part in theirs.split(".")) if theirs else _CDI_VERSION
+    match = _VERSION.match(str(theirs or ""))
+    known = tuple(int(part) for part in match.groups()) if match else _CDI_VERSION
     return ".".join(str(part) for part in max(known, _CDI_VERSION))
 
 

@@ -13,13 +13,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from . import config, units
 from .allocations import Allocations
 from .errors import EXIT_OK, Ds01Error, exit_code
 from .libraries import require
-from .limits import Limits, as_dict, number_text
+from .limits import Limits, as_dict, number_text, resolve
 from .paths import Paths
 from .transitions import Change, Outcome
 
@@ -123,7 +124,9 @@ def _cmd_status(args: argparse.Namespace, ds01: Allocations) -> int:
 
 def _cmd_config_check(args: argparse.Namespace, ds01: Allocations) -> int:
     path = args.file or ds01.paths.config
-    checked = config.load(ds01.paths.__class__.from_env({"DS01_CONFIG": str(path)}).config)
+    checked = config.load(Path(path))
+    for user in (*(group.members[0] for group in checked.groups.values() if group.members), *checked.overrides):
+        resolve(checked, user)
     summary = {"file": str(path), "groups": list(checked.groups), "overrides": list(checked.overrides)}
     if args.json:
         _print_json(summary)

@@ -106,7 +106,12 @@ def _members(directory: Path) -> dict[str, tuple[str, ...]]:
     if not directory.is_dir():
         raise _invalid(directory, "this is not a directory; it holds <group>.members files.")
     result = {}
-    for file in sorted(directory.glob("*.members")):
+    try:
+        # Not glob(): that takes a directory it may not read for an empty one.
+        files = sorted(path for path in directory.iterdir() if path.suffix == ".members")
+    except OSError as exc:
+        raise _invalid(directory, f"the members files cannot be listed ({exc.strerror}).") from None
+    for file in files:
         try:
             lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as exc:

@@ -29,8 +29,9 @@ class EventLog:
         record = {"timestamp": units.format_time(now), "event": event, "actor": self._actor}
         record.update({key: value for key, value in fields.items() if value not in (None, "")})
         line = _encode(record)
-        if len(line) > MAX_LINE:
-            line = _encode({key: _shortened(value) for key, value in record.items()})
+        for length in (500, 100, 20):
+            if len(line) > MAX_LINE:
+                line = _encode({key: _shortened(value, length) for key, value in record.items()})
         try:
             self._append(line)
         except OSError as exc:
@@ -52,11 +53,11 @@ def _encode(record: dict[str, object]) -> bytes:
     return (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode(errors="backslashreplace")
 
 
-def _shortened(value: object) -> object:
+def _shortened(value: object, length: int) -> object:
     """A text's beginning; of a list's records only their ids."""
     if isinstance(value, list):
         value = ",".join(str(item.get("id") if isinstance(item, dict) else item) for item in value)
-    return value[:500] if isinstance(value, str) else value
+    return value[:length] if isinstance(value, str) else value
 
 
 def actor_from_env() -> str:

@@ -192,8 +192,10 @@ _NOT_LIMITS = {
 
 
 def number_text(value: Fraction) -> str:
-    """`16`, `0.5`: a fraction as people write numbers."""
-    return str(value.numerator) if value.denominator == 1 else str(float(value))
+    """`16`, `0.5`, `2/7`: a fraction as people write numbers."""
+    if value.denominator == 1:
+        return str(value.numerator)
+    return str(float(value)) if Fraction(str(float(value))) == value else str(value)
 
 
 def _bad(path: str, problem: str) -> Ds01Error:
@@ -338,7 +340,7 @@ def _aggregate(layer: RawLayer, explicit: RawLayer) -> Aggregate:
         return None if count is None or layer[key] is None else scale(layer[key], max(count, 1))
 
     computed = {
-        "cpu_quota": times("max_cpus", lambda v, n: f"{number_text(v * n * 100)}%"),
+        "cpu_quota": times("max_cpus", lambda v, n: f"{number_text(Fraction(int(v * n * 10000), 100))}%"),
         "memory_max": times("memory", lambda v, n: units.format_size(units.parse_size(v) * n)),
         "tasks_max": times("pids_limit", lambda v, n: v * n),
     }
@@ -354,7 +356,19 @@ def resolve(config: Config, user: str) -> Limits:
     known = config.groups.get(group)
     layer = {**config.defaults, **(known.layer if known else {}), **config.overrides.get(user, {})}
     explicit = {**(known.aggregate if known else {}), **config.override_aggregates.get(user, {})}
-    return Limits(user=user, group=group, aggregate=_aggregate(layer, explicit), **layer)
+    resolved = Limits(user=user, group=group, aggregate=_aggregate(layer, explicit), **layer)
+    _consistent(resolved)
+    return resolved
+
+
+def _consistent(limits: Limits) -> None:
+    """Limits that contradict each other would fail at the engine, or limit nothing."""
+    for low, low_name, high, high_name in (
+        (limits.memory, "memory", limits.memory_swap, "memory_swap (memory and swap together)"),
+        (limits.aggregate.memory_high, "memory_high", limits.aggregate.memory_max, "memory_max"),
+    ):
+        if low and high and units.parse_size(low) > units.parse_size(high):
+            raise _bad(f"limits of {limits.user}", f"{low_name} is {low}, more than {high_name}, which is {high}")
 
 
 def group_aggregate(config: Config, group: str) -> Aggregate:

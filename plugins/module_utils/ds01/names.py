@@ -15,6 +15,8 @@ from .errors import Ds01Error, invalid_input
 SEPARATOR = "._."
 MAX_NAME = 63
 MAX_USER = 256
+_MAX_SLICE_PART = 160
+"""Characters of a unit's name (255 in all) that the escaped user may take."""
 
 # Docker's container name and CDI's device name allow these; a CDI device name must end in a letter
 # or digit, so a user name that does not is written as a uid.
@@ -67,6 +69,8 @@ def check_user(user: str) -> str:
         raise invalid_input(f"A user name has 1 to {MAX_USER} characters; this one has {len(user)}.")
     if "/" in user or ".." in user or user.startswith("-") or user != user.strip() or not user.isprintable():
         raise invalid_input(f"{user!r} cannot be a user name.", "Give the login name, such as alice.")
+    if len(escape_slice_part(user)) > _MAX_SLICE_PART:
+        raise invalid_input(f"The user name {user!r} is too long for a systemd slice.")
     return user
 
 

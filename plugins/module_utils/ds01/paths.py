@@ -19,11 +19,11 @@ class Paths:
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Paths:
         """The installed paths, each overridden by its variable (interfaces: "Files on a host")."""
-        cdi = Path(env.get("DS01_CDI_DIR", "/var/run/cdi"))
+        cdi = Path(env.get("DS01_CDI_DIR") or "/var/run/cdi")
         return cls(
             config=Path(env.get("DS01_CONFIG") or _default_config()),
-            state=Path(env.get("DS01_STATE_DIR", "/var/lib/ds01")),
-            log=Path(env.get("DS01_LOG_DIR", "/var/log/ds01")),
+            state=Path(env.get("DS01_STATE_DIR") or "/var/lib/ds01"),
+            log=Path(env.get("DS01_LOG_DIR") or "/var/log/ds01"),
             cdi=cdi,
             nvidia_cdi=(cdi, Path("/etc/cdi")),
         )

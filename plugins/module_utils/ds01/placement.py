@@ -43,7 +43,7 @@ def decide(request: Request, limits: Limits, situation: Situation) -> Grant | Re
     if refusal or request.gpus == 0:
         return refusal or Grant(())
     wish = wanted_profile(request, situation)
-    refusal = _profile_allowed(wish, limits, situation) or _count_allowed(request, limits, situation)
+    refusal = _count_allowed(request, limits, situation) or _profile_allowed(wish, limits, situation, request.gpus)
     if refusal:
         return refusal
     return _choose(request, wish, limits, situation)
@@ -71,19 +71,23 @@ def containers_allowed(limits: Limits, containers: int) -> Refusal | None:
     )
 
 
-def _profile_allowed(wish: str, limits: Limits, situation: Situation) -> Refusal | None:
+def _profile_allowed(wish: str, limits: Limits, situation: Situation, count: int = 1) -> Refusal | None:
     if wish == FULL and not limits.allow_full_gpu:
         return Refusal(
             "full_gpu_not_allowed",
             f"{limits.user} ({limits.group}) may not have a whole GPU.",
             "Ask for a MIG profile, or an admin to set allow_full_gpu.",
         )
-    profiles = {d.profile for d in situation.inventory.devices}
-    if wish != ANY and wish not in profiles:
+    devices = situation.inventory.devices
+    if wish == ANY and not limits.allow_full_gpu and devices and all(d.is_full for d in devices):
+        return _profile_allowed(FULL, limits, situation)
+    there = sum(_fits(d, wish, limits) for d in devices)
+    if there < count:
+        profiles = sorted({d.profile for d in devices})
         return Refusal(
             "profile_not_available",
-            f"This host has no {_named(wish)}.",
-            f"It has: {', '.join(sorted(profiles)) or 'no device at all'}.",
+            f"This host has {f'only {there}' if there else 'no'} {_named(wish)}{'s' if there > 1 else ''}.",
+            f"It has: {', '.join(profiles) or 'no device at all'}.",
         )
     return None
 

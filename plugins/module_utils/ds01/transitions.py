@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from . import names, placement, records, units
+from .errors import invalid_input
 from .limits import Config, Limits, resolve
 from .model import Allocation, Inventory, Ledger, Refusal, Request
 
@@ -38,6 +39,17 @@ class Change:
     startable: bool = False
     stopped_at: datetime | None = None
     container_id: str | None = None
+
+    def __post_init__(self) -> None:
+        for what, value, low, high in (
+            ("gpus", self.gpus, 0, None),
+            ("max_gpus", self.max_gpus, 0, None),
+            ("priority", self.priority, 1, 100),
+        ):
+            if value is not None and (value < low or (high and value > high)):
+                raise invalid_input(f"{what} is {value}; it must be {low} {f'to {high}' if high else 'or more'}.")
+        if self.state == "allocated" and not self.name.user:
+            raise invalid_input(f"Nobody was named for {self.name.full}.", "Add the user.")
 
 
 @dataclass(frozen=True)
