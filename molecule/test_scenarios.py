@@ -17,12 +17,13 @@ TIMEOUT = 45 * 60
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_scenario(scenario: str) -> None:
     print(f"\n== molecule: {scenario}", flush=True)
+    tools = Path(sys.executable).parent
     environment = {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{tools}:{os.environ['PATH']}",
         "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
     }
     run = subprocess.run(
-        ["molecule", "test", "-s", scenario], cwd=ROOT, env=environment, timeout=TIMEOUT, check=False
+        [tools / "molecule", "test", "-s", scenario], cwd=ROOT, env=environment, timeout=TIMEOUT, check=False
     )
     assert run.returncode == 0, f"molecule test -s {scenario} failed; its output is above"
