@@ -1,0 +1,49 @@
+"""Playbooks against a lab host over SSH: a server from nothing, a converged one, one request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import world
+from timing import Case, Line, Section, interleaved, say, timed
+
+IMAGE = "ds01-lab/base:latest"
+PLAYBOOKS = world.ROOT / "playbooks"
+PING = world.BENCH / "ping.yml"
+REQUEST = {"ds01_user": "alice", "ds01_project": "bench"}
+NO_OP = "ansible-playbook with one ping task"
+
+
+def servers(rounds: int) -> Iterator[Section]:
+    """site.yml first and again, then requests on the server that it made."""
+    with world.lab_host() as host:
+        yield _site(host, max(3, rounds // 3))
+        yield _request(host, rounds)
+
+
+def _site(host: world.LabHost, rounds: int) -> Section:
+    title = "site.yml on one server"
+    say(f"== {title}: the first run")
+    took, computed = timed(lambda: host.playbook(PLAYBOOKS / "site.yml"))
+    first = Line("DS01", "site.yml, first run on a bare server", [took], [computed])
+    again = "site.yml, nothing to do"
+    cases = [
+        Case("DS01", again, lambda: host.playbook(PLAYBOOKS / "site.yml")),
+        Case("floor", NO_OP, lambda: host.playbook(PING), against=again),
+    ]
+    lines = interleaved(title, cases, rounds)
+    return Section(title, [first, *lines], ["first run: once", f"{rounds} rounds, interleaved"])
+
+
+def _request(host: world.LabHost, rounds: int) -> Section:
+    title = "one request, from command line to running container"
+    create, remove = "container_create.yml", "container_remove.yml"
+    bare_create = f"docker create --interactive --tty --name bare {IMAGE} && docker start bare"
+    cases = [
+        Case("DS01", create, lambda: host.playbook(PLAYBOOKS / create, ds01_image=IMAGE, **REQUEST)),
+        Case("DS01", remove, lambda: host.playbook(PLAYBOOKS / remove, **REQUEST)),
+        Case("floor", NO_OP, lambda: host.playbook(PING), against=create),
+        Case("floor", "docker create + start over ssh", lambda: host.command(bare_create), against=create),
+        Case("floor", "docker rm --force over ssh", lambda: host.command("docker rm --force bare"), against=remove),
+    ]
+    return Section(title, interleaved(title, cases, rounds), [f"{rounds} rounds, interleaved"])
