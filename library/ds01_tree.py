@@ -15,7 +15,7 @@ author:
 options:
   path:
     description:
-      - The directory on the host. It and the directories below that O(files) names are made.
+      - The directory on the host. It is made, and so are the directories below it that O(files) names.
     type: path
     required: true
   files:
@@ -99,9 +99,10 @@ class Tree:
         self.files = {name: str(text).encode() for name, text in params["files"].items()}
         self.mode = int(params["mode"], 8)
         self.directory_mode = int(params["directory_mode"], 8)
-        # Parents first: the root, then every directory on the way to a file.
+        # Parents first: what is missing above the root, the root, then every directory on the way to a file.
+        above = [parent for parent in reversed(self.root.parents) if not parent.exists()]
         below = {parent for name in self.files for parent in PurePosixPath(name).parents}
-        self.directories = [self.root / parent for parent in sorted(below | {PurePosixPath(".")})]
+        self.directories = above + [self.root / parent for parent in sorted(below | {PurePosixPath(".")})]
         matching = {path for pattern in params["purge"] for path in self.root.glob(pattern)}
         self.stale = sorted(str(path.relative_to(self.root)) for path in matching)
         self.stale = [name for name in self.stale if name not in self.files]
@@ -130,7 +131,7 @@ class Tree:
 
     def write(self) -> None:
         for directory in self.directories:
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(exist_ok=True)
             self.module.set_mode_if_different(str(directory), self.directory_mode, False)
         for name in self.outdated:
             # Beside nothing that reads the directory, then moved into place: nobody sees half a file.

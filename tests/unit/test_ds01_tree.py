@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,16 @@ def test_files_and_directories_are_made_with_their_modes(run: Run, tmp_path: Pat
         "tree/deep": (0o755, None),
         "tree/deep/b": (0o644, "2\n"),
     }
+
+
+def test_a_careful_umask_locks_nobody_out(run: Run, tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        run({"deep/a": "1\n"}, path=str(tmp_path / "above" / "tree"))
+    finally:
+        os.umask(before)
+    made = [tmp_path / "above", *(tmp_path / "above").rglob("*")]
+    assert [path.stat().st_mode & 0o7777 for path in made] == [0o755, 0o755, 0o755, 0o644]
 
 
 def test_a_second_run_changes_nothing(run: Run, tmp_path: Path) -> None:
