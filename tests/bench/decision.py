@@ -25,7 +25,7 @@ def decision(rounds: int) -> Iterator[Section]:
         _settled(ds01.apply(_changes("allocated", range(BATCH))))
         yield _one(ds01, here, rounds)
         _settled(ds01.apply(_changes("released", range(BATCH))))
-        yield _batch(ds01, here, max(3, rounds // 10))
+        yield _batch(ds01, here, max(3, rounds // 20))
 
 
 def _one(ds01: Any, here: world.Installation, rounds: int) -> Section:

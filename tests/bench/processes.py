@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import world
-from timing import Case, Line, Section, interleaved, reported
+from timing import Case, Line, Sample, Section, interleaved, reported
 
 LAB_GPUS = ("4xA100-SXM4-80GB", [f"{gpu}=2g.20gb,2g.20gb,2g.20gb" for gpu in (1, 2, 3)])
 DEVICES = 10
@@ -38,9 +38,11 @@ def _alone(here: world.Installation, number: int, rounds: int, more: Sequence[Ca
     title = f"ds01 allocate, a whole process, {number} containers on the engine"
     name = f"ds01 allocate, {number} containers"
     who = ("--user", "alice", "--container", "bench")
+    release = lambda: here.ds01("release", *who)  # noqa: E731
     with _floor_file() as write:
         cases = [
-            Case("DS01", name, lambda: here.ds01("allocate", *who), lambda: here.ds01("release", *who)),
+            Case("DS01", name, lambda: here.ds01("allocate", *who), release),
+            Case("DS01", "of that, the lock held", lambda: _held(here, "allocate", *who), release),
             *_interpreters(here, name),
             Case("floor", "4 KB written and fsynced", write, against=name),
             *(Case(c.kind, c.name, c.run, against=name) for c in more),
@@ -48,6 +50,15 @@ def _alone(here: world.Installation, number: int, rounds: int, more: Sequence[Ca
         lines = interleaved(title, cases, rounds)
     before = reported(f"replaced scripts, {number} containers", REPORTED[number], name)
     return Section(title, [*lines, before], [f"{rounds} rounds, interleaved"])
+
+
+def _held(here: world.Installation, *words: str) -> Sample:
+    """The same command, watched from inside: what every other caller on the server has to wait for."""
+    env = {**here.env, "PYTHONPATH": str(world.CORE)}
+    command = [str(PYTHON), str(world.BENCH / "held.py"), *words]
+    said = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True).stderr
+    wall, cpu = next(line for line in said.splitlines() if line.startswith("held ")).split()[1:]
+    return Sample(float(wall), float(cpu))
 
 
 def _interpreters(here: world.Installation, against: str) -> list[Case]:

@@ -22,8 +22,16 @@ def nothing() -> None:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """Seconds: how long it took, and the processor time it needed meanwhile."""
+
+    wall: float
+    cpu: float
+
+
+@dataclass(frozen=True)
 class Case:
-    """Something to time. `after` puts things back and is not timed.
+    """Something to time; `run` returns a Sample where it measured itself. `after` puts things back, untimed.
 
     `kind` is what it is in the table: "DS01", "floor" (what physics and the tools below ask for in any
     case) or "before" (what users had). Floors and befores say which DS01 case they are held `against`.
@@ -95,7 +103,7 @@ def reported(name: str, seconds: float, against: str) -> Line:
 def interleaved(title: str, cases: Sequence[Case], rounds: int) -> list[Line]:
     """Every case once a round, `rounds` times; a round before them, to warm up, does not count."""
     say(f"== {title}: {rounds} rounds of {len(cases)} cases ", end="")
-    samples: dict[str, list[tuple[float, float]]] = {case.name: [] for case in cases}
+    samples: dict[str, list[Sample]] = {case.name: [] for case in cases}
     for number in range(rounds + 1):
         for case in cases:
             sample = timed(case.run)
@@ -105,14 +113,20 @@ def interleaved(title: str, cases: Sequence[Case], rounds: int) -> list[Line]:
         if number % max(1, rounds // 10) == 0:
             say(".", end="")
     say("")
-    return [Line(case.kind, case.name, *zip(*samples[case.name], strict=True), case.against) for case in cases]
+    return [line(case, samples[case.name]) for case in cases]
 
 
-def timed(run: Callable[[], object]) -> tuple[float, float]:
-    """How long it took, and the processor time it needed."""
+def line(case: Case, samples: Sequence[Sample]) -> Line:
+    """A case and what was measured of it."""
+    return Line(case.kind, case.name, [s.wall for s in samples], [s.cpu for s in samples], case.against)
+
+
+def timed(run: Callable[[], object]) -> Sample:
+    """Run it once."""
     computed, began = _computed(), time.perf_counter()
-    run()
-    return time.perf_counter() - began, _computed() - computed
+    own = run()
+    measured = Sample(time.perf_counter() - began, _computed() - computed)
+    return own if isinstance(own, Sample) else measured
 
 
 def _computed() -> float:

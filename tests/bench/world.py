@@ -23,6 +23,7 @@ from timing import say
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "tests" / "bench"
+CORE = ROOT / "plugins" / "module_utils"
 DS01 = ROOT / "bin" / "ds01"
 SIM = ROOT / "build" / "sim"
 LAB = ROOT / "lab" / "lab"
@@ -32,7 +33,7 @@ INVENTORY = ROOT / "build" / "bench" / "inventory"
 LIBRARY_MOUNTS = 40
 """Driver libraries in NVIDIA's CDI spec. An assumption: a real driver's number differs by version."""
 
-sys.path.insert(0, str(ROOT / "plugins" / "module_utils"))
+sys.path.insert(0, str(CORE))
 
 
 def base_env() -> dict[str, str]:
