@@ -16,6 +16,13 @@ options:
     description: Path of the limits file. Its schema and C(groups/*.members) lie beside it.
     type: path
     required: true
+  cgroup_v1:
+    description:
+      - Whether the host still mounts cgroups the old way. There a slice needs a rule about devices from its start -
+        without one systemd moves the slice's first container out of its own device cgroup, which is what keeps it
+        from other people's GPUs. The rule allows everything; the containers' own rules decide.
+    type: bool
+    default: false
 """
 
 EXAMPLES = r"""
@@ -33,7 +40,7 @@ _value:
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ansible.errors import AnsibleFilterError
@@ -44,18 +51,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 from ds01 import config, limits
 from ds01.errors import Ds01Error
 
+_DEVICES = ["DeviceAllow=char-* rwm", "DeviceAllow=block-* rwm"]
 
-def ds01_slice_dropins(path: str) -> dict[str, str]:
+
+def ds01_slice_dropins(path: str, cgroup_v1: bool = False) -> dict[str, str]:
     """Path below /etc/systemd/system -> the file's text."""
+    devices = _DEVICES if cgroup_v1 else []
     try:
         dropins = limits.slice_dropins(config.load(Path(path)))
     except Ds01Error as exc:
         raise AnsibleFilterError(str(exc)) from None
-    return {f"{directory}/50-ds01.conf": _text(properties) for directory, properties in dropins.items()}
+    return {f"{directory}/50-ds01.conf": _text(properties, devices) for directory, properties in dropins.items()}
 
 
-def _text(properties: Mapping[str, str]) -> str:
-    lines = [f"{name}={value}" for name, value in properties.items()]
+def _text(properties: Mapping[str, str], more: Sequence[str]) -> str:
+    lines = [*(f"{name}={value}" for name, value in properties.items()), *more]
     return "\n".join(["# Managed by Ansible (DS01, role ds01_slices).", "[Slice]", *lines, ""])
 
 

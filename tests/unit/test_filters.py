@@ -92,6 +92,12 @@ def test_a_value_cannot_bring_lines_of_its_own(value: str, limits_file: Callable
         filter_named("ds01_slice_dropins")(path)
 
 
+@pytest.mark.parametrize(("cgroup_v1", "rules"), [(False, 0), (True, 2)])
+def test_only_the_old_cgroups_need_a_rule_about_devices(cgroup_v1: bool, rules: int) -> None:
+    files = filter_named("ds01_slice_dropins")(str(SHIPPED), cgroup_v1=cgroup_v1)
+    assert {text.count("DeviceAllow=") for text in files.values()} == {rules}
+
+
 @pytest.mark.parametrize(("name", "arguments"), [("ds01_limits", ("alice",)), ("ds01_slice_dropins", ())])
 def test_a_refusal_is_the_cores_own_sentence(
     name: str, arguments: tuple[str, ...], limits_file: Callable[[dict[str, Any]], str]

@@ -57,7 +57,7 @@ def read_document(path: Path) -> Mapping[str, Any]:
         raise _invalid(
             path,
             f"the limits file cannot be read ({exc.strerror}).",
-            "Deploy it with playbooks/site.yml, or name another with DS01_CONFIG.",
+            "On a server playbooks/site.yml puts it there; DS01_CONFIG names another.",
         ) from None
     if len(data) > MAX_BYTES:
         raise _invalid(path, f"the limits file is larger than {MAX_BYTES // 1024**2} MiB.")

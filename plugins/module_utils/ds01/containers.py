@@ -24,6 +24,7 @@ RECREATE = ("never", "on_change", "always")
 DEFAULT_STOP_TIMEOUT = 10
 """Seconds between asking a container to stop and killing it."""
 
+_SETTLE = 0.3
 _RUNNING = ("running", "restarting")
 
 
@@ -184,11 +185,15 @@ class Containers:
         return outcome
 
     def _carry_out(self, wish: Wish, plan: _Plan, report: Report) -> None:
-        with contextlib.ExitStack() as undo:
-            for step in plan.steps:
-                if getattr(self, f"_{step}")(wish, plan, undo):
-                    report.actions.append(_DONE[step])
-            undo.pop_all()
+        try:
+            with contextlib.ExitStack() as undo:
+                for step in plan.steps:
+                    if getattr(self, f"_{step}")(wish, plan, undo):
+                        report.actions.append(_DONE[step])
+                undo.pop_all()
+        except Ds01Error:
+            report.actions = [action for action in report.actions if action not in _UNDONE]
+            raise
         container = self._engine.container(wish.name.full) if plan.steps else plan.existing
         report.container = _shown(container)
         report.after = _state(container)
@@ -239,6 +244,10 @@ class Containers:
     def _started(self, name: names.ContainerName) -> None:
         """It really runs: then its allocation is active."""
         container = self._engine.container(name.full)
+        if container and container.command != container_spec.KEEP_ALIVE:
+            # Anything but our own waiting process may end at once, and just not have done so yet.
+            self._engine.ends_within(name.full, _SETTLE)
+            container = self._engine.container(name.full)
         if container is None or container.status not in _RUNNING:
             words = self._engine.last_words(name.full) if container else ""
             raise Ds01Error(
@@ -302,6 +311,7 @@ class Containers:
             )
         account = _account(request.name)
         place = self._workspace(request, account)
+        workspace.check(place, account)
         return container_spec.body(
             request,
             account,
@@ -376,6 +386,10 @@ _DONE = {
     "remove": "removed",
     "release": "released",
 }
+
+
+# What a failure of a later step takes back.
+_UNDONE = ("allocated", "created")
 
 
 def _account(name: names.ContainerName) -> names.Account:

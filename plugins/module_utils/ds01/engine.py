@@ -23,7 +23,8 @@ _NEVER = "0001-01-01"
 @dataclass(frozen=True)
 class Container:
     """One container as the engine shows it. `status`: created, running, paused, restarting,
-    removing, exited or dead; `finished_at` is None until it first stopped."""
+    removing, exited or dead; `finished_at` is None until it first stopped; `command` is its entry
+    point and command, where it was inspected alone."""
 
     id: str
     name: str
@@ -31,6 +32,7 @@ class Container:
     image: str
     labels: Mapping[str, str]
     finished_at: datetime | None = None
+    command: tuple[str, ...] = ()
 
     @property
     def user(self) -> str:
@@ -82,6 +84,7 @@ class Engine:
             status=raw["State"]["Status"],
             image=raw["Config"]["Image"],
             labels=raw["Config"].get("Labels") or {},
+            command=(*(raw["Config"].get("Entrypoint") or ()), *(raw["Config"].get("Cmd") or ())),
             finished_at=None if finished.startswith(_NEVER) else units.parse_time(finished),
         )
 
@@ -115,6 +118,17 @@ class Engine:
     def stop(self, name: str, timeout: int) -> None:
         with _errors(f"stop {name}"):
             self._client.stop(name, timeout=timeout)
+
+    def ends_within(self, name: str, seconds: float) -> bool:
+        """Whether the container stops in this time."""
+        import requests.exceptions
+
+        with _errors(f"wait for {name}"):
+            try:
+                self._client.wait(name, timeout=seconds, condition="not-running")
+            except (requests.exceptions.ReadTimeout, requests.exceptions.ConnectionError):
+                return False
+        return True
 
     def unpause(self, name: str) -> None:
         with _errors(f"unpause {name}"):

@@ -20,24 +20,29 @@ def place(template: str, project: str, account: Account) -> str:
     return template.format(home=account.home, user=account.name, project=project)
 
 
+def check(path: str, account: Account) -> None:
+    """The workspace, where it exists, is a directory of the user's own. Raises Ds01Error `invalid_input`."""
+    if not Path(path).is_absolute() or os.path.normpath(path) != path:
+        raise Ds01Error("invalid_input", f"The workspace {path!r} is not a plain absolute path.")
+    real = Path(os.path.realpath(path))
+    if real.exists() and not (real.is_dir() and real.stat().st_uid == account.uid):
+        raise Ds01Error(
+            "invalid_input",
+            f"The workspace {path} is not a directory of {account.name} (it is {real}, of uid {real.stat().st_uid}).",
+            "Choose a directory that the user owns.",
+        )
+
+
 def ensure(path: str, account: Account) -> None:
     """The workspace exists and is the user's own; it is made by the user, never by root.
 
     Root making or chowning something below a directory that a user writes to would follow that
     user's symbolic links. Raises Ds01Error `invalid_input`.
     """
-    if not Path(path).is_absolute() or os.path.normpath(path) != path:
-        raise Ds01Error("invalid_input", f"The workspace {path!r} is not a plain absolute path.")
+    check(path, account)
     if not Path(path).exists():
         _make_as(account, path)
-    real = os.path.realpath(path)
-    owner = Path(real).stat().st_uid
-    if not Path(real).is_dir() or owner != account.uid:
-        raise Ds01Error(
-            "invalid_input",
-            f"The workspace {path} is not a directory of {account.name} (it is {real}, of uid {owner}).",
-            "Choose a directory that the user owns.",
-        )
+        check(path, account)
 
 
 def check_mount(mount: Mount, allowed: Sequence[str]) -> Mount:
