@@ -443,3 +443,40 @@ def test_allocating_and_releasing_at_once_leaves_a_whole_ledger(server: Server) 
     assert {r["reason"] for r in results} <= {"granted", "released", "not_allocated"}
     released = sum(r["reason"] == "released" for r in results)
     assert len(server.ledger()) == 8 - released
+
+
+def test_query_lists_users_beside_their_limits_and_gpus_with_what_is_taken(server: Server) -> None:
+    server.allocate("alice", "my-project")
+    server.ds01("mark-stopped", "--container", "my-project")
+    (user,) = server.ds01("query", "users", "--json").json
+    assert (user["user"], user["devices"], user["held"], user["gpu_equivalents"]) == ("alice", 1, 1, "2/7")
+    gpus = server.ds01("query", "gpus", "--json").json
+    assert [(g["index"], g["allocated"], g["devices"]) for g in gpus] == [(0, 0, 1), (1, 1, 3), (2, 0, 3), (3, 0, 3)]
+    assert server.ds01("query", "containers", "--json").json == []
+    assert "alice" in server.ds01("query", "users").out
+
+
+def test_events_are_shown_for_people_and_line_by_line_for_programs(server: Server) -> None:
+    assert server.ds01("events").out == "", "no log yet is no error"
+    server.allocate("alice", "a")
+    server.allocate("bob", "b")
+    with (server.host.log / "events.jsonl").open("a", encoding="utf-8") as log:
+        log.write("torn{\n[]\n")
+    server.ds01("release", "--container", "a")
+    told = [json.loads(line) for line in server.ds01("events", "--json").out.splitlines()]
+    assert [e["event"] for e in told] == ["gpu.allocated", "gpu.allocated", "gpu.released"]
+    assert server.ds01("events", "--user", "bob").out.count("\n") == 1
+    assert "p._.nobody" not in server.ds01("events", "--container", "a._.alice", "--lines", "9").out
+
+
+def test_following_events_shows_what_comes(server: Server) -> None:
+    server.allocate("alice", "a")
+    follower = server.start("events", "--follow", "--json")
+    try:
+        assert follower.stdout is not None
+        assert json.loads(follower.stdout.readline())["event"] == "gpu.allocated"
+        server.ds01("release", "--container", "a")
+        assert json.loads(follower.stdout.readline())["event"] == "gpu.released"
+    finally:
+        follower.terminate()
+        follower.wait(10)

@@ -157,6 +157,7 @@ class Allocations:
         shown = sorted((a for a in now.allocations.values() if user in (None, a.user)), key=lambda a: a.container)
         return {
             "generation": now.generation,
+            "user": user,
             "driver_version": inventory.driver_version,
             "gpus": [_gpu_row(gpu) for gpu in inventory.gpus],
             "devices": [_device_row(device, now) for device in inventory.devices],

@@ -11,77 +11,31 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from . import config, units
+from . import config, overview, terminal
 from .allocations import Allocations
 from .errors import EXIT_OK, Ds01Error, exit_code
-from .libraries import require
-from .limits import Limits, as_dict, number_text, resolve
+from .limits import as_dict, resolve
 from .paths import Paths
 from .transitions import Change, Outcome
 
 _CONTAINER_HELP = "the project (my-project) or the full name (my-project._.alice)"
 
 
-def _text(value: Any) -> str:
-    """A limit as `ds01 limits` prints it: one spelling of "no limit", everywhere."""
-    if value is None:
-        return "unlimited"
-    if isinstance(value, timedelta):
-        return units.format_duration(value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return number_text(value) if isinstance(value, Fraction) else str(value)
-
-
-# `ds01 limits USER` prints these lines; each flag prints one value alone.
-_TABLE: Mapping[str, Callable[[Limits], Any]] = {
-    "User": lambda v: v.user,
-    "Group": lambda v: v.group,
-    "Priority": lambda v: v.priority,
-    "Max MIG Instances": lambda v: v.max_gpus,
-    "Max CPUs": lambda v: v.max_cpus,
-    "Memory": lambda v: v.memory,
-    "Shared Memory": lambda v: v.shm_size,
-    "Max Containers": lambda v: v.max_containers_per_user,
-    "Idle Timeout": lambda v: v.idle_timeout,
-    "GPU Hold After Stop": lambda v: v.gpu_hold_after_stop,
-    "Container Hold After Stop": lambda v: v.container_hold_after_stop,
-}
-_SINGLE: Mapping[str, Callable[[Limits], Any]] = {
-    "group": lambda v: v.group,
-    "priority": lambda v: v.priority,
-    "max-gpus": lambda v: v.max_gpus,
-    "max-gpus-per-container": lambda v: v.max_gpus_per_container,
-    "max-gpu-equivalents": lambda v: v.max_gpu_equivalents,
-    "allow-full-gpu": lambda v: v.allow_full_gpu,
-    "max-containers": lambda v: v.max_containers_per_user,
-    "max-cpus": lambda v: v.max_cpus,
-    "memory": lambda v: v.memory,
-    "gpu-hold-time": lambda v: v.gpu_hold_after_stop,
-    "container-hold-time": lambda v: v.container_hold_after_stop,
-    "idle-timeout": lambda v: v.idle_timeout,
-    "max-runtime": lambda v: v.max_runtime,
-    "slice": lambda v: v.slice,
-}
-
-
 def _cmd_limits(args: argparse.Namespace, ds01: Allocations) -> int:
     value = ds01.limits(args.user)
-    single = next((name for name in _SINGLE if getattr(args, name.replace("-", "_"))), None)
+    single = next((name for name in terminal.SINGLE_LIMITS if getattr(args, name.replace("-", "_"))), None)
     if args.json:
         _print_json(as_dict(value))
     elif args.docker_args:
         print(" ".join(value.docker_args()))
     elif single:
-        print(_text(_SINGLE[single](value)))
+        print(terminal.text(terminal.SINGLE_LIMITS[single](value)))
     else:
-        for label, get in _TABLE.items():
-            print(f"{label}: {_text(get(value))}")
+        for label, get in terminal.LIMITS.items():
+            print(f"{label}: {terminal.text(get(value))}")
     return EXIT_OK
 
 
@@ -118,7 +72,58 @@ def _cmd_status(args: argparse.Namespace, ds01: Allocations) -> int:
     if args.json:
         _print_json(status)
     else:
-        _print_status(status, args.user)
+        print(terminal.status_text(status))
+    return EXIT_OK
+
+
+# What `ds01 query` can be asked for, and the columns that people see.
+_QUERIES: Mapping[str, tuple[Callable[[Allocations], Sequence[Mapping[str, Any]]], Mapping[str, str]]] = {
+    "containers": (
+        overview.containers,
+        {"name": "Container", "user": "User", "status": "Status", "gpu_id": "GPU", "image": "Image"},
+    ),
+    "gpus": (
+        overview.gpus,
+        {
+            "index": "GPU",
+            "name": "Name",
+            "mig": "MIG",
+            "health": "Health",
+            "utilization": "Use %",
+            "allocated": "Allocated",
+            "devices": "of",
+        },
+    ),
+    "users": (
+        overview.users,
+        {
+            "user": "User",
+            "group": "Group",
+            "devices": "Devices",
+            "max_gpus": "of",
+            "held": "Held",
+            "gpu_equivalents": "GPU-equivalents",
+            "containers": "Containers",
+            "max_containers": "of ",
+        },
+    ),
+}
+
+
+def _cmd_query(args: argparse.Namespace, ds01: Allocations) -> int:
+    ask, columns = _QUERIES[args.what]
+    rows = ask(ds01)
+    if args.json:
+        _print_json(rows)
+    else:
+        print(terminal.table(rows, columns))
+    return EXIT_OK
+
+
+def _cmd_events(args: argparse.Namespace, ds01: Allocations) -> int:
+    for event in ds01.events.read(args.lines, follow=args.follow):
+        if args.user in (None, event.get("user")) and args.container in (None, event.get("container")):
+            print(json.dumps(event, ensure_ascii=False) if args.json else terminal.event_text(event), flush=True)
     return EXIT_OK
 
 
@@ -146,34 +151,6 @@ def _show(outcome: Outcome, as_json: bool) -> int:
         _complain(outcome.reason, f"{outcome.message} {outcome.hint}".strip())
         return exit_code(outcome.reason)
     return EXIT_OK
-
-
-def _print_status(status: Mapping[str, Any], user: str | None) -> None:
-    tabulate = require("tabulate", "tabulate").tabulate
-    devices = [d for d in status["devices"] if user in (None, d["user"])]
-    sick = {g["uuid"]: g for g in status["gpus"] if g["health"] != "ok"}
-    ends = {a["container"]: a["hold_ends"] for a in status["allocations"]}
-    rows = [
-        (
-            d["id"],
-            d["profile"],
-            f"{d['memory_mib'] / 1024:.1f} GiB",
-            d["health"] if d["gpu_uuid"] in sick else d["status"],
-            d["user"],
-            d["container"],
-            ends.get(d["container"]),
-        )
-        for d in devices
-    ]
-    taken = sum(d["status"] != "free" for d in status["devices"])
-    print(f"{taken} of {len(status['devices'])} devices allocated on {len(status['gpus'])} GPUs.")
-    if rows:
-        print(tabulate(rows, headers=["Device", "Profile", "Memory", "State", "User", "Container", "Held until"]))
-    for gpu in status["gpus"]:
-        if gpu["health"] != "ok":
-            print(f"GPU {gpu['index']} is {gpu['health']}: {gpu['health_reason']}.")
-        elif gpu["mig"] and not any(d["gpu_uuid"] == gpu["uuid"] for d in status["devices"]):
-            print(f"GPU {gpu['index']} is in MIG mode and not cut: nothing on it can be allocated.")
 
 
 def _print_json(document: Any) -> None:
@@ -216,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     limits = add("limits", _cmd_limits, "Show what a user may have.", "ds01 limits alice --docker-args")
     limits.add_argument("user")
     limits.add_argument("--docker-args", action="store_true", help="as docker create flags")
-    for name in _SINGLE:
+    for name in terminal.SINGLE_LIMITS:
         limits.add_argument(f"--{name}", action="store_true", help="this value alone")
 
     allocate = add(
@@ -255,6 +232,15 @@ def _parser() -> argparse.ArgumentParser:
     status = add("status", _cmd_status, "Show devices and who has them.", "ds01 status --user alice")
     status.add_argument("--user")
 
+    query = add("query", _cmd_query, "List containers, GPUs, or users beside their limits.", "ds01 query users --json")
+    query.add_argument("what", choices=list(_QUERIES))
+
+    log = add("events", _cmd_events, "Show the audit log (--json: its lines).", "ds01 events --follow --user alice")
+    log.add_argument("--lines", type=_positive, default=50, metavar="N", help="the last N events (default 50)")
+    log.add_argument("--follow", action="store_true", help="go on with new ones until interrupted")
+    log.add_argument("--user", help="only this user's")
+    log.add_argument("--container", metavar="NAME", help="only this container's (full name)")
+
     actions = commands.add_parser("config", help="The limits file.", description="The limits file.")
     check = add(
         "check",
@@ -277,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _print_json({"failed": True, "reason": exc.reason, "msg": str(exc), **exc.details})
         _complain(exc.reason, str(exc))
         return exc.exit_code
-    except BrokenPipeError:
+    except (BrokenPipeError, KeyboardInterrupt):
         return EXIT_OK
 
 

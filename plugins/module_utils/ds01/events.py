@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import json
 import os
+import time
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from . import files, units
+from .errors import Ds01Error
 
+_FOLLOW_EVERY = 0.5
 MAX_LINE = 4000
 """Bytes. Appends up to a pipe buffer's size are not interleaved with those of other processes."""
 
@@ -37,6 +44,26 @@ class EventLog:
         except OSError as exc:
             self.problem = f"The event log {self._path} could not be written: {exc.strerror}."
 
+    def read(self, last: int, *, follow: bool = False) -> Iterator[dict[str, Any]]:
+        """The last events, oldest first; with `follow` also those to come, without an end.
+
+        A line that is no event is passed over. Raises Ds01Error `permission_denied`.
+        """
+        try:
+            with self._path.open(encoding="utf-8", errors="replace") as file:
+                yield from _parsed(collections.deque(file, maxlen=last))
+                while follow:
+                    line = file.readline()
+                    yield from _parsed([line])
+                    if not line:
+                        time.sleep(_FOLLOW_EVERY)
+        except FileNotFoundError:
+            return
+        except OSError as exc:
+            raise Ds01Error(
+                "permission_denied", f"The event log {self._path} cannot be read: {exc.strerror}.", "Run as root."
+            ) from None
+
     def _append(self, line: bytes) -> None:
         files.make_directory(self._path.parent, 0o750)
         fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
@@ -46,6 +73,14 @@ class EventLog:
             os.write(fd, line)
         finally:
             os.close(fd)
+
+
+def _parsed(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict) and "timestamp" in event and "event" in event:
+                yield event
 
 
 def _encode(record: dict[str, object]) -> bytes:
