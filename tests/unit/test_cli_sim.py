@@ -285,7 +285,7 @@ def test_a_broken_ledger_stops_everything_and_stays(content: str, server: Server
     server.host.ledger.write_text(content, encoding="utf-8")
     before = server.host.tree()
     result = server.allocate("alice", "p")
-    assert (result.code, result.json["reason"]) == (3, "ledger_unavailable")
+    assert (result.code, result.json["reason"]) == (3, "ledger_damaged")
     assert server.host.tree() == before
 
 

@@ -83,7 +83,8 @@ def test_labels_are_ds01_s_and_an_image_cannot_claim_them() -> None:
 
 def test_the_intent_changes_with_the_wish_and_not_with_the_time() -> None:
     spec = body()
-    later = container_spec.stamped(spec, datetime(2025, 11, 21, 10, 30, tzinfo=timezone.utc))
+    later = container_spec.stamped(spec, datetime(2025, 11, 21, 10, 30, tzinfo=timezone.utc), [{"id": "0"}])
+    assert later["Labels"]["ds01.devices"] == '[{"id": "0"}]'
     assert later["Labels"]["ds01.created_at"] == "2025-11-21T10:30:00Z"
     assert later["Labels"]["ds01.intent"] == spec["Labels"]["ds01.intent"] == body()["Labels"]["ds01.intent"]
     others = [

@@ -132,7 +132,7 @@ def test_a_ledger_that_cannot_be_read_is_refused_and_kept(content: bytes, path: 
     path.write_bytes(content)
     with pytest.raises(Ds01Error) as caught:
         commit(path, BEFORE)
-    assert (caught.value.reason, caught.value.exit_code) == ("ledger_unavailable", 3)
+    assert (caught.value.reason, caught.value.exit_code) == ("ledger_damaged", 3)
     assert str(path) in str(caught.value)
     assert "gpu-state.json.prev" in caught.value.hint
     assert path.read_bytes() == content
@@ -145,7 +145,7 @@ def test_half_a_ledger_is_refused(path: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(Ds01Error) as caught:
             LedgerStore(path).read()
-        assert caught.value.reason == "ledger_unavailable"
+        assert caught.value.reason == "ledger_damaged"
 
 
 def test_leftovers_of_a_killed_writer_do_no_harm(path: Path) -> None:

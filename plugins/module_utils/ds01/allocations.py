@@ -8,14 +8,16 @@ and one list of the engine.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
-from . import accounts, config, engine, events, ledger, limits, names, nvml, placement, records, units
+from . import accounts, config, engine, events, ledger, limits, names, nvml, placement, rebuild, records, units
 from .cdi import Cdi
 from .errors import Ds01Error, invalid_input
+from .ledger import Transaction
 from .model import Allocation, Device, Gpu, Inventory, Ledger, Refusal
 from .paths import Paths
 from .transitions import Change, Outcome, after, decide, describe, device_problem, expired, hold_ends, refused
@@ -91,7 +93,12 @@ class Allocations:
         return self.store.read().allocations.get(container)
 
     def apply(self, changes: Sequence[Change]) -> Sequence[Outcome]:
-        """Carry the changes out, in order, under one lock. A refusal does not stop the others."""
+        """Carry the changes out, in order, under one lock. A refusal does not stop the others.
+
+        A ledger that is gone or damaged is first rebuilt from the containers.
+        """
+        if not engine.disabled() and self.store.lost():
+            self.rebuild()
         with contextlib.ExitStack() as stack:
             driver = stack.enter_context(nvml.session()) if _needs_driver(changes) else None
             transaction = stack.enter_context(self.store.transaction())
@@ -115,6 +122,70 @@ class Allocations:
         self._record_events(plan)
         problem = self.events.problem
         return [replace(o, warnings=(*o.warnings, problem)) for o in plan.outcomes] if problem else plan.outcomes
+
+    def rebuild(self) -> rebuild.Rebuilt:
+        """Restore what the ledger lost, from the containers' own records; a damaged file is kept aside."""
+        with nvml.session() as driver, self.store.locked():
+            time = self.clock()
+            kept = self.store.set_aside(time)
+            before = self.store.read()
+            rebuilt = rebuild.rebuild(self._claims(), driver.inventory(), before.allocations)
+            Transaction(self.store, before).commit(replace(before, allocations=rebuilt.allocations), time)
+            self._project_all(rebuilt.allocations.values())
+        restored = sorted(set(rebuilt.allocations) - set(before.allocations))
+        self.events.write(
+            "ledger.rebuilt",
+            time,
+            reason="ledger_damaged" if kept else "",
+            message=f"Restored {len(restored)}: {', '.join(restored)}." if restored else "Nothing was lost.",
+            problems=list(rebuilt.problems),
+            kept=str(kept or ""),
+        )
+        return rebuilt
+
+    def foresee_rebuild(self) -> rebuild.Rebuilt:
+        """What `rebuild` would restore now. Writes nothing."""
+        known = {} if self.store.lost() else self.store.read().allocations
+        with nvml.session() as driver:
+            return rebuild.rebuild(self._claims(), driver.inventory(), known)
+
+    def _claims(self) -> list[rebuild.Claim]:
+        """What each GPU container says of itself: its metadata record, else its labels."""
+        claims = []
+        for container in self.engine.containers():
+            if container.gpus and container.user:
+                claims.append(self._claim(container))
+        return claims
+
+    def _claim(self, listed: engine.Container) -> rebuild.Claim:
+        container = self.engine.container(listed.name) or listed
+        stopped = container.status in ("exited", "dead")
+        created = container.labels.get("ds01.created_at")
+        return rebuild.Claim(
+            container=container.name,
+            container_id=container.id,
+            user=container.user,
+            devices=self._recorded_devices(container),
+            priority=self.limits(container.user).priority,
+            created_at=units.parse_time(created) if created else self.clock(),
+            stopped_at=(container.finished_at or self.clock()) if stopped else None,
+        )
+
+    def _recorded_devices(self, container: engine.Container) -> tuple[Device, ...]:
+        with contextlib.suppress(OSError, ValueError):
+            record = json.loads((self.paths.metadata / f"{container.name}.json").read_bytes())
+            if record.get("container_id") == container.id:
+                return rebuild.devices_of(record.get("devices"))
+        with contextlib.suppress(ValueError):
+            return rebuild.devices_of(json.loads(container.labels.get("ds01.devices") or "[]"))
+        return ()
+
+    def _project_all(self, allocations: Iterable[Allocation]) -> None:
+        spec = self.cdi.nvidia_spec()
+        for allocation in allocations:
+            uuids = [d.uuid for d in allocation.devices]
+            if spec is not None and self.cdi.problem(uuids, spec) is None:
+                self.cdi.project(allocation.container, uuids, spec)
 
     def preview(self, changes: Sequence[Change]) -> Sequence[Outcome]:
         """What `apply` would do now. Writes nothing and takes no lock."""

@@ -19,7 +19,7 @@ from .allocations import Allocations
 from .errors import EXIT_OK, Ds01Error, exit_code
 from .limits import as_dict, resolve
 from .paths import Paths
-from .transitions import Change, Outcome
+from .transitions import Change, Outcome, describe
 
 _CONTAINER_HELP = "the project (my-project) or the full name (my-project._.alice)"
 
@@ -140,6 +140,19 @@ def _cmd_config_check(args: argparse.Namespace, ds01: Allocations) -> int:
     return EXIT_OK
 
 
+def _cmd_rebuild(args: argparse.Namespace, ds01: Allocations) -> int:
+    rebuilt = ds01.foresee_rebuild() if args.dry_run else ds01.rebuild()
+    if args.json:
+        allocations = [describe(a) for a in rebuilt.allocations.values()]
+        _print_json({"allocations": allocations, "problems": list(rebuilt.problems)})
+    else:
+        would = "would have" if args.dry_run else "has"
+        print(f"The ledger {would} {len(rebuilt.allocations)} allocations.")
+        for problem in rebuilt.problems:
+            print(f"not restored: {problem}")
+    return EXIT_OK
+
+
 def _show(outcome: Outcome, as_json: bool) -> int:
     if as_json:
         _print_json(outcome.result())
@@ -231,6 +244,9 @@ def _parser() -> argparse.ArgumentParser:
 
     status = add("status", _cmd_status, "Show devices and who has them.", "ds01 status --user alice")
     status.add_argument("--user")
+
+    again = add("rebuild", _cmd_rebuild, "Restore a lost ledger from the containers.", "ds01 rebuild --dry-run")
+    again.add_argument("--dry-run", action="store_true", help="only say what would be restored")
 
     query = add("query", _cmd_query, "List containers, GPUs, or users beside their limits.", "ds01 query users --json")
     query.add_argument("what", choices=list(_QUERIES))

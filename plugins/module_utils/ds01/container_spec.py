@@ -158,9 +158,13 @@ def body(
     return spec
 
 
-def stamped(spec: Mapping[str, Any], now: datetime) -> dict[str, Any]:
-    """The create call with its time, which is no part of the intent."""
-    return {**spec, "Labels": {**spec["Labels"], "ds01.created_at": units.format_time(now)}}
+def stamped(spec: Mapping[str, Any], now: datetime, devices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The create call with its time and its first devices, which are no part of the intent.
+
+    The devices' identities are for `ds01 rebuild`, should both ledger and metadata be lost.
+    """
+    more = {"ds01.created_at": units.format_time(now), "ds01.devices": json.dumps(list(devices))}
+    return {**spec, "Labels": {**spec["Labels"], **more}}
 
 
 def intent(spec: Mapping[str, Any]) -> str:
@@ -231,16 +235,18 @@ def _blanked(image_labels: Mapping[str, str]) -> dict[str, str]:
     return {key: "" for key in image_labels if key.startswith(_OWNED_LABELS)}
 
 
-def metadata(request: ContainerRequest, limits: Limits, gpu_id: str | None, now: datetime) -> dict[str, Any]:
-    """The container's record (interfaces: "Metadata")."""
+def metadata(request: ContainerRequest, limits: Limits, container_id: str, now: datetime) -> dict[str, Any]:
+    """The container's record (interfaces: "Metadata"), before `with_devices`."""
     cpus = limits.max_cpus
     return {
         "container_name": request.name.full,
         "user": request.name.user,
         "project": request.name.project,
         "image": request.image,
-        "gpu_id": gpu_id,
+        "gpu_id": None,
         "gpus": request.gpus,
+        "devices": [],
+        "container_id": container_id,
         "created_at": units.format_time(now),
         "resource_limits": {
             "max_cpus": None if cpus is None else json.loads(number_text(cpus)),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import accounts, confinement, container_spec, engine, files, limits, names, placement, units, userdb, workspace
+from . import accounts, confinement, container_spec, engine, files, names, placement, records, units, userdb, workspace
 from .allocations import Allocations, other_containers
 from .container_spec import ContainerRequest, ImageFiles
 from .errors import Ds01Error
@@ -223,11 +223,16 @@ class Containers:
             refusal = placement.containers_allowed(user_limits, others)
             if refusal:
                 raise Ds01Error(refusal.reason, refusal.message, refusal.hint)
-            self._engine.create(wish.name.full, container_spec.stamped(spec, self._allocations.clock()))
+            has = transaction.ledger.allocations.get(wish.name.full)
+            devices = [records.device_record(d) for d in has.devices] if has else []
+            stamped = container_spec.stamped(spec, self._allocations.clock(), devices)
+            container_id = self._engine.create(wish.name.full, stamped)
             undo.callback(self._engine.remove, wish.name.full)
         self._first_start(request, account)
         undo.callback(self._metadata_path(wish.name).unlink, missing_ok=True)
-        self._write_metadata(request, user_limits)
+        metadata = container_spec.metadata(request, user_limits, container_id, self._allocations.clock())
+        self._put_metadata(wish.name, metadata)
+        self._note_devices(wish.name)
         self._event("container.created", wish.name, image=request.image)
         return True
 
@@ -257,7 +262,7 @@ class Containers:
             )
         if container.gpus:
             self._allocations.apply([Change("active", name, container_id=container.id)])
-        self._note_device(name)
+        self._note_devices(name)
         self._event("container.started", name)
 
     def _unpause(self, wish: Wish, _plan: _Plan, _undo: contextlib.ExitStack) -> bool:
@@ -336,22 +341,17 @@ class Containers:
     def _metadata_path(self, name: names.ContainerName) -> Any:
         return self._allocations.paths.metadata / f"{name.full}.json"
 
-    def _write_metadata(self, request: ContainerRequest, user_limits: limits.Limits) -> None:
-        allocation = self._allocations.allocation(request.name.full)
-        gpu_id = allocation.gpu_id if allocation else None
-        record = container_spec.metadata(request, user_limits, gpu_id, self._allocations.clock())
-        self._put_metadata(request.name, record)
-
-    def _note_device(self, name: names.ContainerName) -> None:
-        """Keep the record's gpu_id true when a start bound the container to another device."""
+    def _note_devices(self, name: names.ContainerName) -> None:
+        """Keep the record's devices true when a start bound the container to others."""
         path, allocation = self._metadata_path(name), self._allocations.allocation(name.full)
         try:
             record = json.loads(path.read_bytes())
         except (OSError, ValueError):
             return
-        gpu_id = allocation.gpu_id if allocation else None
-        if record.get("gpu_id") != gpu_id:
-            self._put_metadata(name, {**record, "gpu_id": gpu_id})
+        devices = [records.device_record(d) for d in allocation.devices] if allocation else []
+        noted = {**record, "gpu_id": allocation.gpu_id if allocation else None, "devices": devices}
+        if noted != record:
+            self._put_metadata(name, noted)
 
     def _put_metadata(self, name: names.ContainerName, record: dict[str, Any]) -> None:
         path = self._metadata_path(name)

@@ -14,6 +14,7 @@ _EXIT_CODES = {
     "driver_unavailable": EXIT_UNAVAILABLE,
     "engine_unavailable": EXIT_UNAVAILABLE,
     "ledger_unavailable": EXIT_UNAVAILABLE,
+    "ledger_damaged": EXIT_UNAVAILABLE,
     "lock_timeout": EXIT_UNAVAILABLE,
     "permission_denied": EXIT_UNAVAILABLE,
     "library_missing": EXIT_UNAVAILABLE,

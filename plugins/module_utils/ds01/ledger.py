@@ -59,24 +59,45 @@ class LedgerStore:
         except FileNotFoundError:
             return Ledger()
         except OSError as exc:
-            raise self._unreadable(exc.strerror or str(exc), "Run as root.") from None
-        except ValueError as exc:
-            raise self._unreadable(
-                str(exc),
-                f"Nothing is granted from a guess: compare it with {self._previous} (the generation before) "
-                "and the containers' ds01.* labels, then put a good file in its place.",
+            raise Ds01Error(
+                "ledger_unavailable", f"The ledger {self._path} cannot be read: {exc.strerror}.", "Run as root."
             ) from None
-
-    def _unreadable(self, problem: str, hint: str) -> Ds01Error:
-        return Ds01Error("ledger_unavailable", f"The ledger {self._path} cannot be read: {problem}.", hint)
+        except ValueError as exc:
+            raise Ds01Error(
+                "ledger_damaged",
+                f"The ledger {self._path} cannot be read: {exc}.",
+                f"Restore it from the containers with: ds01 rebuild (the generation before is {self._previous.name}).",
+            ) from None
 
     @property
     def _previous(self) -> Path:
         return self._path.with_suffix(".json.prev")
 
+    def lost(self) -> bool:
+        """Whether there is no ledger to read: the file is gone, or not what was written."""
+        try:
+            self.read()
+        except Ds01Error as exc:
+            return exc.reason == "ledger_damaged"
+        return not self._path.exists()
+
+    def set_aside(self, now: datetime) -> Path | None:
+        """Move a damaged file out of the way, to be looked at; None when there is none. Under the lock."""
+        if not (self._path.exists() and self.lost()):
+            return None
+        kept = self._path.with_name(f"{self._path.name}.damaged-{now:%Y%m%dT%H%M%SZ}")
+        self._path.replace(kept)
+        return kept
+
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
         """Hold the lock, and see the ledger as it is. Raises Ds01Error `lock_timeout`."""
+        with self.locked():
+            yield Transaction(self, self.read())
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock. Raises Ds01Error `lock_timeout`."""
         try:
             files.make_directory(self._path.parent, 0o750)
             lock = os.open(
@@ -91,7 +112,7 @@ class LedgerStore:
         try:
             os.fchmod(lock, 0o640)
             self._acquire(lock)
-            yield Transaction(self, self.read())
+            yield
         finally:
             os.close(lock)
 

@@ -102,7 +102,7 @@ def _allocation(name: str, raw: Mapping[str, Any]) -> Allocation:
     return Allocation(
         container=name,
         user=_as(str, raw["user"], f"user of {name}"),
-        devices=tuple(_device(_as(dict, d, f"a device of {name}")) for d in _as(list, devices, f"devices of {name}")),
+        devices=tuple(device(_as(dict, d, f"a device of {name}")) for d in _as(list, devices, f"devices of {name}")),
         priority=_as(int, raw.get("priority") or 0, f"priority of {name}"),
         allocated_at=_time(raw["allocated_at"]),
         stopped_at=_time(stopped) if stopped else None,
@@ -111,8 +111,11 @@ def _allocation(name: str, raw: Mapping[str, Any]) -> Allocation:
     )
 
 
-def _device(raw: Mapping[str, Any]) -> Device:
-    """A device of a record; one that names only its id (the replaced system's) counts as a whole GPU."""
+def device(raw: Mapping[str, Any]) -> Device:
+    """A device of a record; one that names only its id (the replaced system's) counts as a whole GPU.
+
+    Raises ValueError, or KeyError without an id.
+    """
     identity = _as(str, raw["id"], "a device's id")
     if not _DEVICE_ID.fullmatch(identity):
         raise ValueError(f"{identity!r} is not a device id")

@@ -1,0 +1,90 @@
+"""The ledger from what the containers say, when the ledger is gone. Pure.
+
+A container's claim names its devices by identity (parent GPU, profile, placement), because a MIG
+device gets a new UUID and index whenever its GPU is cut anew. What cannot be found again, or is
+claimed twice, is reported and not restored: nothing is granted from a guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from . import records
+from .model import Allocation, Device, Inventory
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What one container on the engine says of itself. `stopped_at` is None while it runs."""
+
+    container: str
+    container_id: str
+    user: str
+    devices: tuple[Device, ...]
+    priority: int
+    created_at: datetime
+    stopped_at: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    allocations: Mapping[str, Allocation]
+    problems: tuple[str, ...]
+
+
+def rebuild(claims: Iterable[Claim], inventory: Inventory, known: Mapping[str, Allocation]) -> Rebuilt:
+    """What is known already, and every further claim whose devices are there and nobody else's:
+    running containers come first, then the older."""
+    allocations = dict(known)
+    taken = {d.uuid: a.container for a in known.values() for d in a.devices}
+    problems: list[str] = []
+    new = (claim for claim in claims if claim.container not in known)
+    for claim in sorted(new, key=lambda c: (c.stopped_at is not None, c.created_at, c.container)):
+        found = [_now(device, inventory) for device in claim.devices]
+        problem = _problem(claim, found, taken)
+        if problem:
+            problems.append(f"{claim.container}: {problem}")
+            continue
+        devices = tuple(d for d in found if d)
+        taken.update({d.uuid: claim.container for d in devices})
+        allocations[claim.container] = Allocation(
+            container=claim.container,
+            user=claim.user,
+            devices=devices,
+            priority=claim.priority,
+            allocated_at=claim.created_at,
+            stopped_at=claim.stopped_at,
+            container_id=claim.container_id,
+        )
+    return Rebuilt(allocations, tuple(problems))
+
+
+def _now(recorded: Device, inventory: Inventory) -> Device | None:
+    """The device as it is now: by its UUID, else the one cut in the same place to the same profile."""
+    same = inventory.find(recorded) if recorded.uuid else None
+    if same:
+        return same
+    alike = (d for d in inventory.devices if d.gpu_uuid == recorded.gpu_uuid and d.placement is not None)
+    return next((d for d in alike if (d.profile, d.placement) == (recorded.profile, recorded.placement)), None)
+
+
+def _problem(claim: Claim, found: list[Device | None], taken: Mapping[str, str]) -> str | None:
+    if not claim.devices:
+        return "nothing says which devices it had"
+    for recorded, device in zip(claim.devices, found, strict=True):
+        if device is None:
+            return f"its device {recorded.id} ({recorded.profile}) is not on this host any more"
+        if device.uuid in taken:
+            return f"its device {device.id} is already {taken[device.uuid]}'s"
+    return None
+
+
+def devices_of(written: Any) -> tuple[Device, ...]:
+    """The devices in a container's label or metadata record; none where that cannot be read."""
+    try:
+        return tuple(records.device(raw) for raw in written)
+    except (TypeError, ValueError, KeyError, AttributeError):
+        return ()
