@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from . import accounts, config, engine, events, ledger, limits, names, nvml, placement, rebuild, records, units
@@ -133,15 +134,21 @@ class Allocations:
             Transaction(self.store, before).commit(replace(before, allocations=rebuilt.allocations), time)
             self._project_all(rebuilt.allocations.values())
         restored = sorted(set(rebuilt.allocations) - set(before.allocations))
+        if restored or rebuilt.problems or kept:  # a new server has no ledger either, and lost none
+            self._record_rebuilt(restored, rebuilt.problems, kept, time)
+        return rebuilt
+
+    def _record_rebuilt(
+        self, restored: Sequence[str], problems: Sequence[str], kept: Path | None, time: datetime
+    ) -> None:
         self.events.write(
             "ledger.rebuilt",
             time,
             reason="ledger_damaged" if kept else "",
-            message=f"Restored {len(restored)}: {', '.join(restored)}." if restored else "Nothing was lost.",
-            problems=list(rebuilt.problems),
+            message=f"Restored {len(restored)}: {', '.join(restored) or 'none'}.",
+            problems=list(problems),
             kept=str(kept or ""),
         )
-        return rebuilt
 
     def foresee_rebuild(self) -> rebuild.Rebuilt:
         """What `rebuild` would restore now. Writes nothing."""
