@@ -18,7 +18,7 @@ env: $(VENV)/.stamp ## Create .venv with every tool pinned
 $(VENV)/.stamp: requirements-dev.txt roles/ds01_runtime/files/requirements.txt
 	@echo "== environment: $(VENV) (about 20 s)"
 	@lab/bootstrap-python $(PYTHON) $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(BIN)/pip install --quiet --quiet --disable-pip-version-check -r requirements-dev.txt
 	@# ansible-lint checks the arguments of our modules only where it can import what they import.
 	@cd $$($(BIN)/python -c 'import ansible.module_utils as m; print(m.__path__[0])') && \
 	  ln -sfn $(CURDIR)/plugins/module_utils/ds01 ds01 && ln -sfn $(CURDIR)/plugins/module_utils/ds01_module.py .
@@ -26,7 +26,7 @@ $(VENV)/.stamp: requirements-dev.txt roles/ds01_runtime/files/requirements.txt
 
 .PHONY: sim
 sim: ## Build the simulated NVIDIA driver into build/sim
-	@$(MAKE) --no-print-directory -C lab/sim OUT=$(CURDIR)/$(SIM_OUT)
+	@$(MAKE) --silent --no-print-directory -C lab/sim OUT=$(CURDIR)/$(SIM_OUT)
 
 .PHONY: lab-up
 lab-up: env sim ## Start HOSTS=n lab hosts (default 1)

@@ -57,14 +57,14 @@ from ansible.errors import AnsibleFilterError
 # Ansible bundles module_utils into modules only; a filter runs on the controller, beside them.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "module_utils"))
 
-from ds01 import config, limits
+from ds01 import config, limits, names
 from ds01.errors import Ds01Error
 
 
 def ds01_limits(path: str, user: str) -> dict[str, Any]:
     """One user's resolved limits, as `ds01 limits USER --json` prints them."""
     try:
-        return limits.as_dict(limits.resolve(config.load(Path(path)), user))
+        return limits.as_dict(limits.resolve(config.load(Path(path)), names.check_user(user)))
     except Ds01Error as exc:
         raise AnsibleFilterError(str(exc)) from None
 

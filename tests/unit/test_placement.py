@@ -281,7 +281,9 @@ def test_quota_counts_an_allocation_in_any_state(status: str) -> None:
     found = refusal(decide(ask(), limits_of(max_gpus=1), situation(inventory, ledger.with_allocation(mine))))
     assert found.reason == "user_at_limit"
     assert f"alice has 1 of 1 devices (0 in p._.alice, {status})" in found.message
-    assert found.hint == "Free one with: ds01 release --container p._.alice."
+    free = "Free one with: ds01 release --container p._.alice."
+    running = "Stop and remove one, such as p._.alice: playbooks/container_remove.yml."
+    assert found.hint == (running if status == "active" else free)
 
 
 @pytest.mark.parametrize(

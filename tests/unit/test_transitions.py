@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from ds01 import units
-from ds01.limits import Config, GpuPolicy, Reservation
+from ds01.errors import Ds01Error
+from ds01.limits import Config, GpuPolicy, Policies, Reservation
 from ds01.model import Inventory, Ledger
 from ds01.names import ContainerName
 from ds01.placement import Situation
-from ds01.transitions import Change, Outcome, after, decide, device_problem, hold_ends
+from ds01.transitions import Change, Outcome, after, decide, device_problem, expired, hold_ends
 from hypothesis import given
 from hypothesis import strategies as st
 from support import NOW, config_of, machine, taken
@@ -366,3 +367,77 @@ def test_no_history_gives_one_device_to_two_containers(steps: list[Change], hold
         assert len(given_out) == len(set(given_out))
         for user in ("alice", "bob", "carol"):
             assert sum(len(a.devices) for a in ledger.of_user(user)) <= 2
+
+
+@pytest.mark.parametrize("state", ["held", "released"])
+def test_a_running_container_keeps_its_device(state: str) -> None:
+    ledger = taken(FOUR, alice="0")
+    outcome = run(change(state), ledger, running={"p._.alice"})
+    assert (outcome.ok, outcome.reason, outcome.changed) == (False, "container_running", False)
+    assert "container_stop.yml" in outcome.hint
+    assert run(change(state), ledger, running={"p._.bob"}).ok
+
+
+HELD = timedelta(hours=24)
+
+
+@pytest.mark.parametrize(
+    ("state", "ago", "alive", "running", "over"),
+    [
+        pytest.param("pending", timedelta(minutes=9), (), (), False, id="granted 9 min ago, no container yet"),
+        pytest.param("pending", timedelta(minutes=10), (), (), True, id="granted 10 min ago, no container"),
+        pytest.param("pending", HELD, ("p._.alice",), (), False, id="its container exists, or is asked for again"),
+        pytest.param("held", HELD - timedelta(seconds=1), (), (), False, id="one second before the hold ends"),
+        pytest.param("held", HELD, (), (), True, id="the hold ends"),
+        pytest.param("held", HELD, ("p._.alice",), (), True, id="the hold ends, the container stays"),
+        pytest.param("held", HELD, (), ("p._.alice",), False, id="somebody started it past DS01"),
+        pytest.param("active", 99 * HELD, (), (), False, id="an active one has no end"),
+    ],
+)
+def test_what_is_over(state: str, ago: timedelta, alive: Any, running: Any, over: bool) -> None:
+    ledger = taken(FOUR, alice="0")
+    mine = replace(
+        ledger.allocations["p._.alice"],
+        pending=state == "pending",
+        allocated_at=NOW - ago,
+        stopped_at=NOW - ago if state == "held" else None,
+    )
+    found = expired(NOW, ledger.with_allocation(mine), config_of(), alive, running)
+    assert bool(found) is over
+
+
+def test_a_hold_without_end_and_a_wait_without_end_are_never_over() -> None:
+    ledger = taken(FOUR, alice="0", bob="1")
+    held = replace(ledger.allocations["p._.alice"], stopped_at=NOW - 999 * HELD)
+    waiting = replace(ledger.allocations["p._.bob"], pending=True, allocated_at=NOW - 999 * HELD)
+    config = replace(config_of(gpu_hold_after_stop=None), policies=Policies(pending_timeout=None))
+    assert expired(NOW, ledger.with_allocation(held).with_allocation(waiting), config, (), ()) == {}
+
+
+@pytest.mark.parametrize("startable", [True, False])
+def test_only_a_stopped_container_is_bound_to_another_device(startable: bool) -> None:
+    ledger = taken(FOUR, alice="0")
+    without_0 = replace(FOUR, devices=FOUR.devices[1:])
+    outcome = run(change("allocated", startable=startable), ledger, inventory=without_0)
+    assert outcome.ok is startable
+    if startable:
+        assert outcome.allocation is not None
+        assert (outcome.allocation.gpu_id, outcome.before) == ("1", ledger.allocations["p._.alice"])
+    else:
+        assert (outcome.reason, outcome.changed) == ("gpu_unhealthy", False)
+
+
+def test_what_is_asked_beyond_the_limits_is_said_and_not_given() -> None:
+    outcome = run(
+        change("allocated", priority=99, max_gpus=9), config=config_of(max_gpus=1, priority=10, allow_full_gpu=True)
+    )
+    assert len(outcome.warnings) == 2
+    assert all("needs root" in warning for warning in outcome.warnings)
+    raised = change("allocated", priority=99, max_gpus=9, may_raise=True)
+    assert run(raised, config=config_of(max_gpus=1, priority=10, allow_full_gpu=True)).warnings == ()
+
+
+@pytest.mark.parametrize("wish", [{"gpus": -1}, {"max_gpus": -1}, {"priority": 0}, {"priority": 101}], ids=str)
+def test_wishes_out_of_range_are_refused(wish: dict[str, int]) -> None:
+    with pytest.raises(Ds01Error, match="must be"):
+        change("allocated", **wish)

@@ -51,7 +51,10 @@ class Gpu(NamedTuple):
 def library():
     """The library beside this program's own folder (a build, a checkout), else the loader's."""
     beside = Path(sys.argv[0]).resolve().parent.parent / "libnvidia-ml.so.1"
-    lib = ctypes.CDLL(str(beside) if beside.exists() else "libnvidia-ml.so.1")
+    try:
+        lib = ctypes.CDLL(str(beside) if beside.exists() else "libnvidia-ml.so.1")
+    except OSError:
+        sys.exit(f"{Path(sys.argv[0]).name} couldn't find the libnvidia-ml.so library; is the NVIDIA driver installed?")
     lib.nvmlErrorString.restype = lib.nvmlSimModel.restype = lib.nvmlSimProfile.restype = ctypes.c_char_p
     return lib
 

@@ -154,7 +154,7 @@ def init(arguments):
             for index, names in layouts.items():
                 _cut(driver, index, names)
         state = State.read(draft)
-        state.driver["permit_any"] = "1" if arguments.unprivileged else "0"
+        state.driver["permit_any"] = "1" if arguments.unprivileged or os.geteuid() != 0 else "0"
         with lock(path):
             state.write(path)
     finally:

@@ -28,6 +28,14 @@ _NO_GPUS = Inventory((), ())
 
 
 @dataclass(frozen=True)
+class _Sources:
+    """An open session with the driver, and NVIDIA's CDI spec; None where no device is asked for."""
+
+    driver: nvml.Nvml | None
+    spec: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
 class _Plan:
     """A batch decided: what becomes of each change, of grants nobody came for, and the ledger after it."""
 
@@ -101,10 +109,10 @@ class Allocations:
         if not engine.disabled() and self.store.lost():
             self.rebuild()
         with contextlib.ExitStack() as stack:
-            driver = stack.enter_context(nvml.session()) if _needs_driver(changes) else None
+            sources = self._open(changes, stack)
             transaction = stack.enter_context(self.store.transaction())
             before = transaction.ledger
-            plan = self._plan(changes, before, driver)
+            plan = self._plan(changes, before, sources)
             specs = {o.name.full: self.cdi.content(o.name.full) for o in (*plan.expired, *plan.outcomes)}
             self._withdraw(plan, before)
             transaction.commit(plan.ledger, plan.now)
@@ -197,8 +205,7 @@ class Allocations:
     def preview(self, changes: Sequence[Change]) -> Sequence[Outcome]:
         """What `apply` would do now. Writes nothing and takes no lock."""
         with contextlib.ExitStack() as stack:
-            driver = stack.enter_context(nvml.session()) if _needs_driver(changes) else None
-            return self._plan(changes, self.store.read(), driver).outcomes
+            return self._plan(changes, self.store.read(), self._open(changes, stack)).outcomes
 
     def validate(self, name: names.ContainerName, gpu: str | None = None) -> Outcome:
         """Whether the container's devices still exist, are healthy, and are the ones projected."""
@@ -248,44 +255,60 @@ class Allocations:
             ],
         }
 
-    def _plan(self, changes: Sequence[Change], now: Ledger, driver: nvml.Nvml | None) -> _Plan:
+    def _open(self, changes: Sequence[Change], stack: contextlib.ExitStack) -> _Sources:
+        """What is slow and does not depend on the ledger, done before its lock is taken: imports, the
+        limits file, the engine's connection, the driver's session, NVIDIA's CDI spec."""
+        _ = self.config
+        if _needs_engine(changes):
+            _ = self.engine
+        if not _needs_driver(changes):
+            return _Sources(None, None)
+        return _Sources(stack.enter_context(nvml.session()), self.cdi.nvidia_spec())
+
+    def _plan(self, changes: Sequence[Change], now: Ledger, sources: _Sources) -> _Plan:
         """Read what the batch needs, once, and fold the decisions over the ledger."""
-        allocating = any(change.state == "allocated" for change in changes)
-        containers = self.engine.containers() if allocating and not engine.disabled() else ()
-        spec = self.cdi.nvidia_spec() if driver else None
+        containers = self.engine.containers() if _needs_engine(changes) else ()
+        running = {c.name for c in containers if c.status in engine.RUNNING}
         time = self.clock()
-        asking = {change.name.full for change in changes}
-        gone = self._expired(now, {c.name for c in containers} | asking, time) if allocating else []
+        gone = self._expired(now, changes, containers, running, time) if _allocating(changes) else []
         for outcome in gone:
             now = after(now, outcome)
         situation = placement.Situation(
             ledger=now,
-            inventory=driver.inventory() if driver else _NO_GPUS,
+            inventory=sources.driver.inventory() if sources.driver else _NO_GPUS,
             policy=self.config.gpu,
             now=time,
             reservations=self.config.reservations,
+            running=running,
             hold_ends=hold_ends(now, self.config),
         )
         outcomes = []
         for change in changes:
             others = other_containers(change.name, containers, situation.ledger)
             outcome = decide(change, self.config, replace(situation, containers=others))
-            outcome = self._projectable(outcome, spec)
+            outcome = self._projectable(outcome, sources.spec)
             situation = replace(situation, ledger=after(situation.ledger, outcome))
             outcomes.append(outcome)
-        return _Plan(outcomes, gone, situation.ledger, spec, situation.now)
+        return _Plan(outcomes, gone, situation.ledger, sources.spec, situation.now)
 
-    def _expired(self, now: Ledger, alive: Collection[str], time: datetime) -> list[Outcome]:
-        """Grants nobody came for, taken back: a request that died midway must not keep a GPU."""
-        return [
-            Outcome(
-                names.ContainerName(names.split(a.container)[0], a.user, a.container),
-                "expired",
-                f"{a.container} was never made: {a.gpu_id} is free again.",
-                before=a,
-            )
-            for a in expired(time, now, self.config, alive)
-        ]
+    def _expired(
+        self,
+        now: Ledger,
+        changes: Sequence[Change],
+        containers: Sequence[engine.Container],
+        running: Collection[str],
+        time: datetime,
+    ) -> list[Outcome]:
+        """What is over, taken back: nobody came for it, or its hold ended. Whoever asks again keeps his."""
+        asking = {change.name.full for change in changes}
+        over = expired(time, now, self.config, {c.name for c in containers} | asking, running)
+        outcomes = []
+        for container, why in over.items():
+            if container not in asking:
+                before = now.allocations[container]
+                name = names.ContainerName(names.split(container)[0], before.user, container)
+                outcomes.append(Outcome(name, "expired", f"{before.gpu_id} is free again: {why}.", before=before))
+        return outcomes
 
     def _projectable(self, outcome: Outcome, spec: Mapping[str, Any] | None) -> Outcome:
         """A grant that NVIDIA's CDI spec cannot carry would never start: refuse it instead."""
@@ -333,6 +356,15 @@ class Allocations:
                 reason=outcome.reason,
                 message=outcome.message,
             )
+
+
+def _allocating(changes: Sequence[Change]) -> bool:
+    return any(change.state == "allocated" for change in changes)
+
+
+def _needs_engine(changes: Sequence[Change]) -> bool:
+    """Whether it matters which containers exist and run: to all but a container that just started."""
+    return not engine.disabled() and any(change.state != "active" for change in changes)
 
 
 def _to_project(outcome: Outcome) -> bool:

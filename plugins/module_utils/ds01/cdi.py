@@ -36,6 +36,7 @@ class Cdi:
     def nvidia_spec(self) -> Mapping[str, Any] | None:
         """NVIDIA's spec of this host, the first that is found; None when there is none."""
         for directory in self._nvidia_directories:
+            _check_readable(directory)
             for pattern in ("nvidia*.json", "nvidia*.yaml", "nvidia*.yml"):
                 for file in sorted(directory.glob(pattern)):
                     spec = _read_spec(file)
@@ -96,6 +97,17 @@ class Cdi:
             return None
 
 
+def _check_readable(directory: Path) -> None:
+    """A directory that may not be read is no empty one. Raises Ds01Error `permission_denied`."""
+    try:
+        if directory.exists():
+            next(directory.iterdir(), None)
+    except OSError as exc:
+        raise Ds01Error(
+            "permission_denied", f"The CDI directory {directory} cannot be read: {exc.strerror}.", "Run as root."
+        ) from None
+
+
 def _read_spec(file: Path) -> Mapping[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
@@ -114,7 +126,7 @@ def _read_spec(file: Path) -> Mapping[str, Any]:
 def _parse_yaml(text: str) -> Any:
     yaml = require("yaml", "PyYAML")
     try:
-        # libyaml reads it five times faster where it is there.
+        # Large on a server with many slices: libyaml, in C, where it is there.
         return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as exc:
         raise ValueError(str(exc)) from None

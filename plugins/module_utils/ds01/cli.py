@@ -16,7 +16,7 @@ from typing import Any
 
 from . import config, overview, terminal
 from .allocations import Allocations
-from .errors import EXIT_OK, Ds01Error, exit_code
+from .errors import EXIT_OK, EXIT_UNAVAILABLE, Ds01Error, exit_code
 from .limits import as_dict, resolve
 from .paths import Paths
 from .transitions import Change, Outcome, describe
@@ -174,11 +174,10 @@ def _complain(reason: str, message: str) -> None:
     print(f"ds01: {reason}: {message}", file=sys.stderr)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError("must not be negative")
-    return value
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -217,10 +216,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     allocate.add_argument("--user", required=True)
     allocate.add_argument("--container", required=True, metavar="NAME", help=_CONTAINER_HELP)
-    allocate.add_argument("--gpus", type=_positive, default=1, metavar="N", help="devices (default 1; 0: CPU only)")
+    allocate.add_argument("--gpus", type=_whole, default=1, metavar="N", help="devices (default 1; 0: CPU only)")
     allocate.add_argument("--profile", help="a MIG profile such as 2g.20gb, or full")
-    allocate.add_argument("--max-gpus", type=_positive, metavar="N", help="lower the user's limit (root: raise it)")
-    allocate.add_argument("--priority", type=_positive, metavar="N", help="lower the user's priority (root: raise it)")
+    allocate.add_argument("--max-gpus", type=_whole, metavar="N", help="lower the user's limit (root: raise it)")
+    allocate.add_argument("--priority", type=_whole, metavar="N", help="lower the user's priority (root: raise it)")
     allocate.add_argument("--dry-run", action="store_true", help="only say what would happen")
 
     for name, state, summary in (
@@ -252,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     query.add_argument("what", choices=list(_QUERIES))
 
     log = add("events", _cmd_events, "Show the audit log (--json: its lines).", "ds01 events --follow --user alice")
-    log.add_argument("--lines", type=_positive, default=50, metavar="N", help="the last N events (default 50)")
+    log.add_argument("--lines", type=_whole, default=50, metavar="N", help="the last N events (default 50)")
     log.add_argument("--follow", action="store_true", help="go on with new ones until interrupted")
     log.add_argument("--user", help="only this user's")
     log.add_argument("--container", metavar="NAME", help="only this container's (full name)")
@@ -281,6 +280,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exc.exit_code
     except (BrokenPipeError, KeyboardInterrupt):
         return EXIT_OK
+    except OSError as exc:
+        _complain("output", f"The answer could not be written: {exc.strerror}.")
+        return EXIT_UNAVAILABLE
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def read_document(path: Path) -> Mapping[str, Any]:
         line = f"line {exc.problem_mark.line + 1}: " if exc.problem_mark else ""
         raise _invalid(path, f"{line}{exc.problem}.") from None
     except (yaml.YAMLError, ValueError) as exc:
-        raise _invalid(path, f"this is not YAML: {exc}.") from None
+        raise _invalid(path, f"this is not YAML: {' '.join(str(exc).split())}.") from None
     if document is None:
         raise _invalid(
             path,
@@ -141,6 +141,10 @@ def load(path: Path) -> limits.Config:
     schema = json.loads(find_schema(path).read_text(encoding="utf-8"))
     _validate(document, schema, path)
     try:
-        return limits.parse_config(document, _members(path.parent / "groups"))
+        parsed = limits.parse_config(document, _members(path.parent / "groups"))
     except Ds01Error as exc:
         raise _invalid(path, exc.message) from None
+    near = difflib.get_close_matches(parsed.default_group, parsed.groups, n=1, cutoff=0.8)
+    if near and parsed.default_group not in parsed.groups:
+        raise _invalid(path, f"default_group: no group is called {parsed.default_group!r}; did you mean {near[0]}?")
+    return parsed

@@ -25,7 +25,7 @@ DEFAULT_STOP_TIMEOUT = 10
 """Seconds between asking a container to stop and killing it."""
 
 _SETTLE = 0.3
-_RUNNING = ("running", "restarting")
+_RUNNING = ("running", "restarting")  # not paused: that is no success of a start
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _steps_to_make(wish: Wish) -> tuple[str, ...]:
 
 
 def _steps_from(state: str, status: str) -> tuple[str, ...]:
-    running = status in (*_RUNNING, "paused")
+    running = status in engine.RUNNING
     if state == "stopped":
         return ("stop",) if running else ()
     if state == "restarted":
@@ -335,7 +335,7 @@ class Containers:
         """The allocation that this container needs: as requested, else as its labels say."""
         labels = plan.existing.labels if plan.existing else {}
         profile = wish.request.profile if wish.request else labels.get("ds01.profile") or None
-        startable = plan.existing is None or plan.existing.status not in (*_RUNNING, "paused")
+        startable = plan.existing is None or plan.existing.status not in engine.RUNNING
         return Change("allocated", wish.name, gpus=_gpus(wish, plan), profile=profile, startable=startable)
 
     def _metadata_path(self, name: names.ContainerName) -> Any:

@@ -15,6 +15,8 @@ from . import units
 from .errors import Ds01Error
 from .libraries import require
 
+RUNNING = ("running", "restarting", "paused")
+"""Statuses in which a container has its devices open, or may have them open again without a start."""
 MANAGED = "ds01.managed"
 _TIMEOUT = 60
 _NEVER = "0001-01-01"
@@ -222,9 +224,20 @@ def _errors(action: str) -> Iterator[None]:
         where = os.environ.get("DOCKER_HOST", "its default socket")
         raise Ds01Error(
             "engine_unavailable",
-            f"The Docker engine does not answer on {where} (could not {action}): {exc}.",
+            f"The Docker engine does not answer on {where} (could not {action}: {_cause(exc)}).",
             "Check it with: systemctl status docker",
         ) from None
+
+
+def _cause(exc: BaseException) -> str:
+    """The operating system's own word for it, from under the layers of HTTP libraries."""
+    seen: BaseException | None = exc
+    while seen is not None:
+        inner = next((arg for arg in seen.args if isinstance(arg, BaseException)), None) or seen.__context__
+        if isinstance(seen, OSError) and seen.strerror:
+            return seen.strerror
+        seen = inner
+    return type(exc).__name__
 
 
 def _no_device(action: str, exc: Any) -> Ds01Error:

@@ -110,7 +110,7 @@ class GpuPolicy:
     """How devices are chosen. `mig_profile` is what a request without a profile gets where MIG is on."""
 
     strategy: str = "least_allocated"
-    enable_mig: bool = False
+    enable_mig: bool = True
     mig_profile: str | None = None
 
 
@@ -237,6 +237,13 @@ def _count(value: Any) -> int:
     return value
 
 
+def _fraction(value: Any) -> Fraction:
+    try:
+        return Fraction(str(value))
+    except ValueError:
+        raise ValueError(f"{value!r} is not a number") from None
+
+
 def _above_zero(value: Any) -> Any:
     """To Docker 0 is "no limit": what cannot be none must not become everything."""
     if not value:
@@ -251,8 +258,8 @@ def _size_text(value: str) -> str:
 
 _CONVERT: dict[str, Callable[[Any], Any]] = {
     **{key: lambda v: units.parse_duration(str(v)) for key in (*_DURATIONS, "pending_timeout")},
-    "max_gpu_equivalents": lambda v: Fraction(str(v)),
-    "max_cpus": lambda v: _above_zero(Fraction(str(v))),
+    "max_gpu_equivalents": _fraction,
+    "max_cpus": lambda v: _above_zero(_fraction(v)),
     "pids_limit": lambda v: _above_zero(_count(v)),
     **dict.fromkeys(("max_gpus", "max_gpus_per_container", "max_containers_per_user", "priority"), _count),
     "memory": _size_text,

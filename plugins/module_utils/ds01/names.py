@@ -66,7 +66,9 @@ def check_project(project: str) -> str:
 def check_user(user: str) -> str:
     """The user name itself, or Ds01Error `invalid_input`. Anything a name service may hold passes."""
     if not user or len(user) > MAX_USER:
-        raise invalid_input(f"A user name has 1 to {MAX_USER} characters; this one has {len(user)}.")
+        raise invalid_input(
+            f"A user name has 1 to {MAX_USER} characters; this one has {len(user)}.", "Give the login name."
+        )
     if "/" in user or ".." in user or user.startswith("-") or user != user.strip() or not user.isprintable():
         raise invalid_input(f"{user!r} cannot be a user name.", "Give the login name, such as alice.")
     if len(escape_slice_part(user)) > _MAX_SLICE_PART:
@@ -149,10 +151,6 @@ def escape_slice_part(part: str) -> str:
 def user_slice(group: str, user: str) -> str:
     """The user's slice, below the group's: `ds01-researchers-alice.slice`."""
     return f"ds01-{escape_slice_part(group)}-{escape_slice_part(user)}.slice"
-
-
-def group_slice(group: str) -> str:
-    return f"ds01-{escape_slice_part(group)}.slice"
 
 
 def group_dropin_dir(group: str) -> str:

@@ -74,7 +74,9 @@ class Nvml:
         except self._n.NVMLError as exc:
             if getattr(exc, "value", None) not in _LOST_CODES:
                 raise Ds01Error(
-                    "driver_unavailable", f"GPU {index} cannot be read: {exc}.", "nvidia-smi shows more."
+                    "driver_unavailable",
+                    f"GPU {index} cannot be read: {exc}.",
+                    _INIT_HINTS.get(getattr(exc, "value", None), "nvidia-smi shows more."),
                 ) from None
             reason = f"the driver lost this GPU ({exc})"
             return Gpu(index, "", "unknown", index, False, 0, "lost", reason), []

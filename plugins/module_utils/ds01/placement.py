@@ -8,11 +8,12 @@ answered with a whole GPU.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from fractions import Fraction
 
+from . import units
 from .limits import GpuPolicy, Limits, Reservation, number_text
 from .model import FULL, Allocation, Device, Grant, Inventory, Ledger, Refusal, Request
 
@@ -24,7 +25,8 @@ ANY = "any"
 class Situation:
     """Everything a decision depends on, read under the ledger's lock.
 
-    `containers` counts the user's other containers in any state; `hold_ends` says when each held
+    `containers` counts the user's other containers in any state; `running` names all that run (or
+    are paused) now; `hold_ends` says when each held
     allocation runs out (absent: not before it is released).
     """
 
@@ -34,6 +36,7 @@ class Situation:
     now: datetime
     reservations: Sequence[Reservation] = ()
     containers: int = 0
+    running: Collection[str] = ()
     hold_ends: Mapping[str, datetime] | None = None
 
 
@@ -193,7 +196,7 @@ def _none_left(
     return Refusal(
         "no_gpu_available",
         f"No {what} is free: {len(matching) - len(free)} of {len(matching)} in use.",
-        "Try again later." if available is None else "The earliest hold ends at the time given.",
+        f"The earliest hold ends at {units.format_time(available)}." if available else "Try again later.",
         available,
     )
 
@@ -210,5 +213,7 @@ def _held_by(allocations: Iterable[Allocation]) -> str:
 def _release_hint(allocations: Sequence[Allocation]) -> str:
     if not allocations:
         return "An admin can raise the limit in resource-limits.yaml."
-    held = next((a for a in allocations if a.status == "held"), allocations[0])
-    return f"Free one with: ds01 release --container {held.container}."
+    idle = next((a for a in allocations if a.status != "active"), None)
+    if idle:
+        return f"Free one with: ds01 release --container {idle.container}."
+    return f"Stop and remove one, such as {allocations[0].container}: playbooks/container_remove.yml."

@@ -16,6 +16,7 @@ from .errors import invalid_input
 from .limits import Config, Limits, resolve
 from .model import Allocation, Inventory, Ledger, Refusal, Request
 
+_STOP_HINT = "Stop it with playbooks/container_stop.yml, or remove it with playbooks/container_remove.yml."
 STATES = ("allocated", "held", "active", "released")
 
 
@@ -113,9 +114,9 @@ def decide(change: Change, config: Config, situation: placement.Situation) -> Ou
     """The outcome of one change in this situation."""
     limits = resolve(config, change.name.user)
     current = situation.ledger.allocations.get(change.name.full)
-    if current is not None and current.user != change.name.user:
-        message = f"{current.container} belongs to {current.user}, not to {change.name.user}."
-        return refused(change.name, Refusal("invalid_input", message, "See: ds01 status"), current)
+    refusal = _not_theirs(change, current, situation.running) if current else None
+    if refusal:
+        return refused(change.name, refusal, current)
     if change.state == "allocated":
         return _allocate(change, _adjusted(limits, change), current, situation)
     if current is None:
@@ -125,6 +126,16 @@ def decide(change: Change, config: Config, situation: placement.Situation) -> Ou
     if change.state == "active":
         return _activate(change, current)
     return Outcome(change.name, "released", f"Released {current.gpu_id} from {current.container}.", before=current)
+
+
+def _not_theirs(change: Change, current: Allocation, running: Collection[str]) -> Refusal | None:
+    """Why an allocation may not be touched: it is somebody else's, or its container is using it."""
+    if current.user != change.name.user:
+        message = f"{current.container} belongs to {current.user}, not to {change.name.user}."
+        return Refusal("invalid_input", message, "See: ds01 status")
+    if change.state in ("held", "released") and current.container in running:
+        return Refusal("container_running", f"{current.container} is running with {current.gpu_id}.", _STOP_HINT)
+    return None
 
 
 def after(now: Ledger, outcome: Outcome) -> Ledger:
@@ -145,14 +156,23 @@ def hold_ends(now: Ledger, config: Config) -> dict[str, datetime]:
     return ends
 
 
-def expired(time: datetime, now: Ledger, config: Config, alive: Collection[str]) -> tuple[Allocation, ...]:
-    """Grants whose container was not made in time: whoever asked is gone. `alive` names those that
-    exist, or are being asked for again."""
-    timeout = config.policies.pending_timeout
-    if timeout is None:
-        return ()
-    pending = (a for a in now.allocations.values() if a.status == "pending" and a.container not in alive)
-    return tuple(a for a in pending if a.allocated_at + timeout <= time)
+def expired(
+    time: datetime, now: Ledger, config: Config, alive: Collection[str], running: Collection[str]
+) -> dict[str, str]:
+    """Allocations whose time is over, and why: grants whose container was not made in time, and
+    holds that ended. `alive` names containers that exist or are being asked for; a running one
+    keeps its device, whoever started it."""
+    timeout, ends = config.policies.pending_timeout, hold_ends(now, config)
+    over = {}
+    for name, allocation in now.allocations.items():
+        waits = allocation.status == "pending" and name not in alive and timeout is not None
+        if name in running:
+            continue
+        if allocation.status == "held" and name in ends and ends[name] <= time:
+            over[name] = f"its hold ended at {units.format_time(ends[name])}"
+        elif waits and allocation.allocated_at + timeout <= time:
+            over[name] = "its container was never made"
+    return over
 
 
 def device_problem(allocation: Allocation, inventory: Inventory) -> str | None:
@@ -207,7 +227,19 @@ def _allocate(change: Change, limits: Limits, current: Allocation | None, situat
     what = ", ".join(f"{d.id} ({d.profile})" for d in allocation.devices)
     because = f" ({problem})" if problem else ""
     message = f"Allocated {what} to {allocation.container}{because}."
-    return Outcome(change.name, "granted", message, allocation=allocation, before=current)
+    return Outcome(
+        change.name, "granted", message, allocation=allocation, before=current, warnings=_not_raised(change, limits)
+    )
+
+
+def _not_raised(change: Change, limits: Limits) -> tuple[str, ...]:
+    """What was asked for beyond the limits, and not given."""
+    pairs = (("max_gpus", change.max_gpus, limits.max_gpus), ("priority", change.priority, limits.priority))
+    return tuple(
+        f"{what} stays {allowed}: raising it to {asked} needs root."
+        for what, asked, allowed in pairs
+        if asked is not None and allowed is not None and asked > allowed
+    )
 
 
 def _already(change: Change, current: Allocation, problem: str | None) -> Outcome:
