@@ -14,7 +14,7 @@ from ds01.limits import Config, GpuPolicy, Policies, Reservation
 from ds01.model import Inventory, Ledger
 from ds01.names import ContainerName
 from ds01.placement import Situation
-from ds01.transitions import Change, Outcome, after, decide, device_problem, expired, hold_ends
+from ds01.transitions import Change, Outcome, after, decide, device_problem, expired, hold_ends, resolved
 from hypothesis import given
 from hypothesis import strategies as st
 from support import NOW, config_of, machine, taken
@@ -441,3 +441,37 @@ def test_what_is_asked_beyond_the_limits_is_said_and_not_given() -> None:
 def test_wishes_out_of_range_are_refused(wish: dict[str, int]) -> None:
     with pytest.raises(Ds01Error, match="must be"):
         change("allocated", **wish)
+
+
+CUT = machine("full", ["2g.20gb", "2g.20gb", "2g.20gb"])
+
+
+def recut(*order: int) -> Inventory:
+    """The same places cut anew: other UUIDs, and the indices in this order."""
+    full, *mig = CUT.devices
+    return replace(CUT, devices=(full, *(replace(mig[i], uuid=f"NEW-{i}", id=f"1:{n}") for n, i in enumerate(order))))
+
+
+def test_after_a_reboot_everybody_has_the_place_that_was_theirs() -> None:
+    before = taken(CUT, alice="0", bob="1:0", carol="1:2")
+    after_boot = resolved(before, recut(2, 1, 0))
+    found = {a.user: (a.gpu_id, a.devices[0].uuid) for a in after_boot.allocations.values()}
+    assert found == {"alice": ("0", CUT.devices[0].uuid), "bob": ("1:2", "NEW-0"), "carol": ("1:0", "NEW-2")}
+    assert resolved(after_boot, recut(2, 1, 0)) == after_boot
+
+
+def test_what_is_as_recorded_is_not_touched() -> None:
+    ledger = taken(CUT, alice="0", bob="1:0")
+    assert resolved(ledger, CUT) is ledger
+
+
+def test_a_device_that_is_gone_stays_as_recorded() -> None:
+    ledger = taken(CUT, bob="1:0")
+    assert resolved(ledger, recut(1, 2)) == ledger
+    assert resolved(ledger, Inventory((), ())) == ledger
+
+
+def test_a_place_that_another_record_names_is_not_taken_over() -> None:
+    new = recut(0, 1, 2)
+    ledger = taken(CUT, bob="1:0").with_allocation(taken(new, eve="1:0").allocations["p._.eve"])
+    assert resolved(ledger, new).allocations["p._.bob"] == ledger.allocations["p._.bob"]

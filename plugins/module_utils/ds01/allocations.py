@@ -21,7 +21,7 @@ from .errors import Ds01Error, invalid_input
 from .ledger import Transaction
 from .model import Allocation, Device, Gpu, Inventory, Ledger, Refusal
 from .paths import Paths
-from .transitions import Change, Outcome, after, decide, describe, device_problem, expired, hold_ends, refused
+from .transitions import Change, Outcome, after, decide, describe, device_problem, expired, hold_ends, refused, resolved
 
 _EVENTS = {"granted": "gpu.allocated", "held": "gpu.held", "released": "gpu.released", "expired": "gpu.released"}
 _NO_GPUS = Inventory((), ())
@@ -113,11 +113,14 @@ class Allocations:
             transaction = stack.enter_context(self.store.transaction())
             before = transaction.ledger
             plan = self._plan(changes, before, sources)
-            specs = {o.name.full: self.cdi.content(o.name.full) for o in (*plan.expired, *plan.outcomes)}
-            self._withdraw(plan, before)
+            moved = _moved(before, plan.ledger)
+            specs = {name: self.cdi.content(name) for name in (*moved, *(o.name.full for o in plan.outcomes))}
+            for container in moved:
+                # Killed before the new one is written, it cannot start, rather than on what it had.
+                self.cdi.withdraw(container)
             transaction.commit(plan.ledger, plan.now)
             try:
-                self._project(plan)
+                self._project(plan, moved)
             except OSError as exc:
                 transaction.commit(before, plan.now)
                 for container, content in specs.items():
@@ -270,12 +273,14 @@ class Allocations:
         containers = self.engine.containers() if _needs_engine(changes) else ()
         running = {c.name for c in containers if c.status in engine.RUNNING}
         time = self.clock()
+        inventory = sources.driver.inventory() if sources.driver else _NO_GPUS
+        now = resolved(now, inventory)
         gone = self._expired(now, changes, containers, running, time) if _allocating(changes) else []
         for outcome in gone:
             now = after(now, outcome)
         situation = placement.Situation(
             ledger=now,
-            inventory=sources.driver.inventory() if sources.driver else _NO_GPUS,
+            inventory=inventory,
             policy=self.config.gpu,
             now=time,
             reservations=self.config.reservations,
@@ -322,20 +327,14 @@ class Allocations:
         hint = "Write it anew with: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
         return refused(outcome.name, Refusal("driver_unavailable", problem, hint), outcome.before)
 
-    def _withdraw(self, plan: _Plan, before: Ledger) -> None:
-        """Before the ledger changes: killed in between, no container can start on what it had before."""
-        for outcome in (*plan.expired, *plan.outcomes):
-            had, has = (known.allocations.get(outcome.name.full) for known in (before, plan.ledger))
-            if outcome.ok and (has is None or (had is not None and had.devices != has.devices)):
-                self.cdi.withdraw(outcome.name.full)
-
-    def _project(self, plan: _Plan) -> None:
-        if plan.spec is None:
-            return
-        for outcome in plan.outcomes:
-            final = plan.ledger.allocations.get(outcome.name.full)
-            if final and _to_project(outcome):
-                self.cdi.project(outcome.name.full, [d.uuid for d in final.devices], plan.spec)
+    def _project(self, plan: _Plan, moved: Collection[str]) -> None:
+        """Write the devices of those that were granted or moved, as far as NVIDIA's spec has them."""
+        asked = (outcome.name.full for outcome in plan.outcomes if _to_project(outcome))
+        for container in dict.fromkeys((*moved, *asked)):
+            final = plan.ledger.allocations.get(container)
+            uuids = [d.uuid for d in final.devices] if final else []
+            if plan.spec is not None and uuids and self.cdi.problem(uuids, plan.spec) is None:
+                self.cdi.project(container, uuids, plan.spec)
 
     def _record_events(self, plan: _Plan) -> None:
         for outcome in (*plan.expired, *plan.outcomes):
@@ -356,6 +355,13 @@ class Allocations:
                 reason=outcome.reason,
                 message=outcome.message,
             )
+
+
+def _moved(before: Ledger, after_: Ledger) -> list[str]:
+    """Containers whose devices are others than before, or none any more."""
+    had = {name: a.devices for name, a in before.allocations.items()}
+    has = {name: a.devices for name, a in after_.allocations.items()}
+    return sorted(name for name in had if has.get(name) != had[name])
 
 
 def _allocating(changes: Sequence[Change]) -> bool:

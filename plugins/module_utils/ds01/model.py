@@ -67,8 +67,17 @@ class Inventory:
     driver_version: str = ""
 
     def find(self, recorded: Device) -> Device | None:
-        """The device that a record means, as it is now."""
+        """The device that a record names: by UUID, or by id where it has none."""
         return next((d for d in self.devices if d.same_as(recorded)), None)
+
+    def locate(self, recorded: Device) -> Device | None:
+        """The device that a record means, as it is now: the one it names, else the one cut to the same
+        profile in the same place of the same GPU. A reboot gives MIG devices new UUIDs and indices."""
+        found = self.find(recorded)
+        if found or recorded.placement is None:
+            return found
+        identity = (recorded.gpu_uuid, recorded.profile, recorded.placement)
+        return next((d for d in self.devices if (d.gpu_uuid, d.profile, d.placement) == identity), None)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def rebuild(claims: Iterable[Claim], inventory: Inventory, known: Mapping[str, A
     problems: list[str] = []
     new = (claim for claim in claims if claim.container not in known)
     for claim in sorted(new, key=lambda c: (c.stopped_at is not None, c.created_at, c.container)):
-        found = [_now(device, inventory) for device in claim.devices]
+        found = [inventory.locate(device) for device in claim.devices]
         problem = _problem(claim, found, taken)
         if problem:
             problems.append(f"{claim.container}: {problem}")
@@ -60,15 +60,6 @@ def rebuild(claims: Iterable[Claim], inventory: Inventory, known: Mapping[str, A
             container_id=claim.container_id,
         )
     return Rebuilt(allocations, tuple(problems))
-
-
-def _now(recorded: Device, inventory: Inventory) -> Device | None:
-    """The device as it is now: by its UUID, else the one cut in the same place to the same profile."""
-    same = inventory.find(recorded) if recorded.uuid else None
-    if same:
-        return same
-    alike = (d for d in inventory.devices if d.gpu_uuid == recorded.gpu_uuid and d.placement is not None)
-    return next((d for d in alike if (d.profile, d.placement) == (recorded.profile, recorded.placement)), None)
 
 
 def _problem(claim: Claim, found: list[Device | None], taken: Mapping[str, str]) -> str | None:

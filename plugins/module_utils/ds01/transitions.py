@@ -14,7 +14,7 @@ from typing import Any
 from . import names, placement, records, units
 from .errors import invalid_input
 from .limits import Config, Limits, resolve
-from .model import Allocation, Inventory, Ledger, Refusal, Request
+from .model import Allocation, Device, Inventory, Ledger, Refusal, Request
 
 _STOP_HINT = "Stop it with playbooks/container_stop.yml, or remove it with playbooks/container_remove.yml."
 STATES = ("allocated", "held", "active", "released")
@@ -154,6 +154,24 @@ def hold_ends(now: Ledger, config: Config) -> dict[str, datetime]:
             if hold is not None:
                 ends[allocation.container] = allocation.stopped_at + hold
     return ends
+
+
+def resolved(now: Ledger, inventory: Inventory) -> Ledger:
+    """The ledger with every device as it is now called. One that is not there stays as recorded, and
+    so does one whose place another record already names."""
+    named = {d.uuid for a in now.allocations.values() for d in a.devices}
+    for allocation in now.allocations.values():
+        devices = tuple(_renamed(device, inventory, named) for device in allocation.devices)
+        if devices != allocation.devices:
+            now = now.with_allocation(replace(allocation, devices=devices))
+    return now
+
+
+def _renamed(recorded: Device, inventory: Inventory, named: Collection[str]) -> Device:
+    found = inventory.locate(recorded)
+    if found is None or (found.uuid, found.id) == (recorded.uuid, recorded.id):
+        return recorded
+    return recorded if found.uuid != recorded.uuid and found.uuid in named else found
 
 
 def expired(
