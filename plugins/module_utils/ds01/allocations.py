@@ -120,7 +120,9 @@ class Allocations:
                 self.cdi.withdraw(container)
             transaction.commit(plan.ledger, plan.now)
             try:
-                self._project(plan, moved)
+                asked = [o.name.full for o in plan.outcomes if _to_project(o)]
+                final = (plan.ledger.allocations.get(name) for name in dict.fromkeys((*moved, *asked)))
+                self._project((a for a in final if a), plan.spec)
             except OSError as exc:
                 transaction.commit(before, plan.now)
                 for container, content in specs.items():
@@ -143,7 +145,7 @@ class Allocations:
             before = self.store.read()
             rebuilt = rebuild.rebuild(self._claims(), driver.inventory(), before.allocations)
             Transaction(self.store, before).commit(replace(before, allocations=rebuilt.allocations), time)
-            self._project_all(rebuilt.allocations.values())
+            self._project(rebuilt.allocations.values(), self.cdi.nvidia_spec())
         restored = sorted(set(rebuilt.allocations) - set(before.allocations))
         if restored or rebuilt.problems or kept:  # a new server has no ledger either, and lost none
             self._record_rebuilt(restored, rebuilt.problems, kept, time)
@@ -197,13 +199,6 @@ class Allocations:
         with contextlib.suppress(ValueError):
             return rebuild.devices_of(json.loads(container.labels.get("ds01.devices") or "[]"))
         return ()
-
-    def _project_all(self, allocations: Iterable[Allocation]) -> None:
-        spec = self.cdi.nvidia_spec()
-        for allocation in allocations:
-            uuids = [d.uuid for d in allocation.devices]
-            if spec is not None and self.cdi.problem(uuids, spec) is None:
-                self.cdi.project(allocation.container, uuids, spec)
 
     def preview(self, changes: Sequence[Change]) -> Sequence[Outcome]:
         """What `apply` would do now. Writes nothing and takes no lock."""
@@ -327,14 +322,12 @@ class Allocations:
         hint = "Write it anew with: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
         return refused(outcome.name, Refusal("driver_unavailable", problem, hint), outcome.before)
 
-    def _project(self, plan: _Plan, moved: Collection[str]) -> None:
-        """Write the devices of those that were granted or moved, as far as NVIDIA's spec has them."""
-        asked = (outcome.name.full for outcome in plan.outcomes if _to_project(outcome))
-        for container in dict.fromkeys((*moved, *asked)):
-            final = plan.ledger.allocations.get(container)
-            uuids = [d.uuid for d in final.devices] if final else []
-            if plan.spec is not None and uuids and self.cdi.problem(uuids, plan.spec) is None:
-                self.cdi.project(container, uuids, plan.spec)
+    def _project(self, allocations: Iterable[Allocation], spec: Mapping[str, Any] | None) -> None:
+        """Write their devices, as far as NVIDIA's spec has them. Raises OSError."""
+        for allocation in allocations:
+            uuids = [d.uuid for d in allocation.devices]
+            if spec is not None and self.cdi.problem(uuids, spec) is None:
+                self.cdi.project(allocation.container, uuids, spec)
 
     def _record_events(self, plan: _Plan) -> None:
         for outcome in (*plan.expired, *plan.outcomes):

@@ -20,7 +20,6 @@ from .limits import ContainerDefaults, Limits, number_text
 
 WORKSPACE = "/workspace"
 _CPU_PERIOD = 100_000
-_NANO = 1_000_000_000
 _MEMLOCK_UNLIMITED = -1
 _STACK_BYTES = 64 * 1024 * 1024
 _IMAGE_MAX = 255

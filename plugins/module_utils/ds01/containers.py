@@ -168,21 +168,21 @@ class Containers:
         held = self._allocations.allocation(wish.name.full)
         report.allocation = describe(held) if held else None
         for step in plan.steps:
-            if step in ("allocate", "release"):
-                outcome = self._would_become(step, wish, plan)
-                report.allocation = describe(outcome.allocation) if outcome.allocation else None
-                if not outcome.changed:
-                    continue
-            report.actions.append(_DONE[step])
+            before = report.allocation
+            if step == "allocate":
+                report.allocation = self._would_have(wish, plan)
+            elif step == "release":
+                report.allocation = None  # by then the container is removed: nothing is in the way
+            if step not in ("allocate", "release") or report.allocation != before:
+                report.actions.append(_DONE[step])
         report.after = _foreseen(wish, plan, _gpus(wish, plan))
         report.container = _shown(plan.existing)
         report.foreseen = True
 
-    def _would_become(self, step: str, wish: Wish, plan: _Plan) -> Outcome:
-        change = self._change(wish, plan) if step == "allocate" else Change("released", wish.name)
-        outcome = self._allocations.preview([change])[0]
+    def _would_have(self, wish: Wish, plan: _Plan) -> dict[str, Any] | None:
+        outcome = self._allocations.preview([self._change(wish, plan)])[0]
         _raise_refusal(outcome)
-        return outcome
+        return describe(outcome.allocation) if outcome.allocation else None
 
     def _carry_out(self, wish: Wish, plan: _Plan, report: Report) -> None:
         try:
