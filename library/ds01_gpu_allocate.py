@@ -55,6 +55,18 @@ options:
       - How to choose among free devices; the limits file's strategy when left out.
     type: str
     choices: [least_allocated, packed]
+  wait:
+    description:
+      - Seconds to wait for devices where none is free. Requests are served by priority, then by age; one whose
+        process ends drops out. Left out or V(0), the answer comes at once.
+      - The connection stays open meanwhile; for long waits run the task with C(async).
+    type: int
+  reuse_held:
+    description:
+      - Gives up what the user's own stopped containers hold, where the request cannot be granted otherwise. These
+        containers stay, and get another device when they are started again.
+    type: bool
+    default: false
   allocations:
     description:
       - Several allocations in one call, under one lock and with one look at the driver. Each takes the options
@@ -91,6 +103,13 @@ options:
         description: As O(strategy).
         type: str
         choices: [least_allocated, packed]
+      wait:
+        description: As O(wait).
+        type: int
+      reuse_held:
+        description: As O(reuse_held).
+        type: bool
+        default: false
 extends_documentation_fragment:
   - ds01
 seealso:
@@ -109,6 +128,12 @@ EXAMPLES = r"""
   ds01_gpu_allocate:
     container: my-project._.alice
     state: released
+
+- name: Wait for one, ten minutes at most
+  ds01_gpu_allocate:
+    container: my-project
+    user: alice
+    wait: 600
 
 - name: A course's containers, in one call
   ds01_gpu_allocate:
@@ -135,6 +160,7 @@ allocation:
     devices:
       - {id: "1:0", uuid: MIG-0, gpu_uuid: GPU-0, profile: 2g.20gb, placement: [0, 2], equivalents: 2/7}
     container_id: null
+    pending_since: "2025-11-21T10:30:00Z"
 reason:
   description: The reason code, such as V(granted), V(already_allocated), V(user_at_limit) or V(no_gpu_available).
   returned: always
@@ -148,6 +174,11 @@ available_at:
   description: When the earliest hold or reservation ends that is in the way; null when that is not known.
   returned: always
   type: str
+given_up:
+  description: Holds that gave way to the grant, as RV(allocation).
+  returned: always
+  type: list
+  elements: dict
 generation:
   description: The ledger's generation after the call.
   returned: always
@@ -161,8 +192,10 @@ results:
 """
 
 import os
+from datetime import timedelta
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.ds01 import waiting
 from ansible.module_utils.ds01.allocations import Allocations
 from ansible.module_utils.ds01.errors import Ds01Error
 from ansible.module_utils.ds01.paths import Paths
@@ -178,6 +211,8 @@ ITEM = {
     "priority": {"type": "int"},
     "max_gpus": {"type": "int"},
     "strategy": {"type": "str", "choices": ["least_allocated", "packed"]},
+    "wait": {"type": "int"},
+    "reuse_held": {"type": "bool", "default": False},
 }
 ARGUMENT_SPEC = {
     **ITEM,
@@ -200,6 +235,8 @@ def to_change(item: dict, allocations: Allocations) -> Change:
         max_gpus=item["max_gpus"],
         strategy=item["strategy"],
         may_raise=os.geteuid() == 0,
+        wait=timedelta(seconds=item["wait"] or 0),
+        reuse_held=item["reuse_held"],
     )
 
 
@@ -218,7 +255,7 @@ def main() -> None:
     try:
         allocations = Allocations(Paths.from_env())
         changes = [to_change(item, allocations) for item in module.params["allocations"] or [module.params]]
-        outcomes = (allocations.preview if module.check_mode else allocations.apply)(changes)
+        outcomes = allocations.preview(changes) if module.check_mode else waiting.apply(allocations, changes)
         results = [outcome.result() for outcome in outcomes]
         generation = allocations.store.read().generation
     except Ds01Error as exc:

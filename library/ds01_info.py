@@ -62,7 +62,7 @@ holds:
   type: list
   elements: dict
 queue:
-  description: Waiting requests.
+  description: Waiting requests, the next to be served first, with C(position) and, where it is known, C(available_at).
   returned: always
   type: list
   elements: dict

@@ -25,7 +25,9 @@ def test_only_an_uncut_gpu_is_full(profile: str, full: bool) -> None:
     [(False, True, "pending"), (False, False, "active"), (True, False, "held"), (True, True, "held")],
 )
 def test_status_of_an_allocation(stopped: bool, pending: bool, status: str) -> None:
-    allocation = Allocation("p._.alice", "alice", (), 10, NOW, NOW if stopped else None, pending=pending)
+    allocation = Allocation(
+        "p._.alice", "alice", (), 10, NOW, NOW if stopped else None, pending_since=NOW if pending else None
+    )
     assert allocation.status == status
 
 

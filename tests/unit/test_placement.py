@@ -274,7 +274,7 @@ def test_quota_counts_an_allocation_in_any_state(status: str) -> None:
     ledger = taken(inventory, alice="0")
     mine = replace(
         ledger.allocations["p._.alice"],
-        pending=status == "pending",
+        pending_since=NOW if status == "pending" else None,
         stopped_at=NOW if status == "held" else None,
     )
     assert mine.status == status
@@ -333,7 +333,8 @@ def book(user: str, *devices: str, start: int = -1, end: int = 1) -> Reservation
         ([book("bob", "0:0")], "0:1"),
         ([book("bob", "0", "1:0")], "1:1"),
         ([book("alice", "0", "1")], "0:0"),
-        ([book("bob", "0", start=1, end=2)], "0:0"),
+        ([book("bob", "0", start=168, end=169)], "0:0"),
+        ([book("bob", "0", start=167, end=169)], "1:0"),
         ([book("bob", "0", start=-2, end=0)], "0:0"),
         ([book("bob", "0", start=0, end=1)], "1:0"),
         ([book("bob", "0:0"), book("carol", "0:1")], "0:2"),
@@ -344,7 +345,8 @@ def book(user: str, *devices: str, start: int = -1, end: int = 1) -> Reservation
         "one MIG device",
         "a GPU and a MIG device",
         "booked by the user",
-        "not yet",
+        "not before the longest run is over",
+        "a run could meet it",
         "no longer (the end is exclusive)",
         "just now (the start is inclusive)",
         "two bookings",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from ds01 import records
-from ds01.model import Allocation, Device, Ledger
+from ds01.model import Allocation, Device, Ledger, Process, Request, Ticket, Waiter
 from hypothesis import given
 from hypothesis import strategies as st
 from support import NOW, machine, taken
@@ -59,7 +59,7 @@ def test_the_file_as_documented() -> None:
                     }
                 ],
                 "container_id": "c0ffee",
-                "pending": False,
+                "pending_since": None,
             }
         },
         "queue": [],
@@ -129,7 +129,22 @@ _ALLOCATIONS = st.builds(
     allocated_at=_WHEN,
     stopped_at=st.none() | _WHEN,
     container_id=st.none() | st.text("0123456789abcdef", min_size=64, max_size=64),
-    pending=st.booleans(),
+    pending_since=st.none() | _WHEN,
+)
+_WAITERS = st.builds(
+    Waiter,
+    request=st.builds(
+        Request,
+        container=st.text(min_size=1, max_size=20),
+        user=st.text(min_size=1, max_size=20),
+        gpus=st.integers(1, 8),
+        profile=st.none() | st.sampled_from(["full", "2g.20gb"]),
+    ),
+    priority=st.integers(1, 100),
+    max_gpus=st.none() | st.integers(0, 8),
+    ticket=st.builds(
+        Ticket, since=_WHEN, until=_WHEN, process=st.builds(Process, st.integers(1, 2**22), st.integers(0, 2**60))
+    ),
 )
 _LEDGERS = st.builds(
     Ledger,
@@ -137,6 +152,7 @@ _LEDGERS = st.builds(
     generation=st.integers(0, 10**6),
     boot_id=st.text(max_size=36),
     last_updated=st.none() | _WHEN,
+    queue=st.lists(_WAITERS, max_size=3).map(tuple),
 )
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from ds01 import units
 from ds01.errors import Ds01Error
-from ds01.limits import Config, GpuPolicy, Policies, Reservation
+from ds01.limits import Config, GpuPolicy, Reservation
 from ds01.model import Inventory, Ledger
 from ds01.names import ContainerName
 from ds01.placement import Situation
-from ds01.transitions import Change, Outcome, after, decide, device_problem, expired, hold_ends, resolved
+from ds01.transitions import Change, Outcome, after, decide, device_problem, hold_ends, resolved
 from hypothesis import given
 from hypothesis import strategies as st
 from support import NOW, config_of, machine, taken
@@ -313,7 +313,7 @@ def test_result_of_a_grant() -> None:
             }
         ],
         "container_id": None,
-        "pending": True,
+        "pending_since": "2025-11-21T10:30:00Z",
     }
 
 
@@ -376,42 +376,6 @@ def test_a_running_container_keeps_its_device(state: str) -> None:
     assert (outcome.ok, outcome.reason, outcome.changed) == (False, "container_running", False)
     assert "container_stop.yml" in outcome.hint
     assert run(change(state), ledger, running={"p._.bob"}).ok
-
-
-HELD = timedelta(hours=24)
-
-
-@pytest.mark.parametrize(
-    ("state", "ago", "alive", "running", "over"),
-    [
-        pytest.param("pending", timedelta(minutes=9), (), (), False, id="granted 9 min ago, no container yet"),
-        pytest.param("pending", timedelta(minutes=10), (), (), True, id="granted 10 min ago, no container"),
-        pytest.param("pending", HELD, ("p._.alice",), (), False, id="its container exists, or is asked for again"),
-        pytest.param("held", HELD - timedelta(seconds=1), (), (), False, id="one second before the hold ends"),
-        pytest.param("held", HELD, (), (), True, id="the hold ends"),
-        pytest.param("held", HELD, ("p._.alice",), (), True, id="the hold ends, the container stays"),
-        pytest.param("held", HELD, (), ("p._.alice",), False, id="somebody started it past DS01"),
-        pytest.param("active", 99 * HELD, (), (), False, id="an active one has no end"),
-    ],
-)
-def test_what_is_over(state: str, ago: timedelta, alive: Any, running: Any, over: bool) -> None:
-    ledger = taken(FOUR, alice="0")
-    mine = replace(
-        ledger.allocations["p._.alice"],
-        pending=state == "pending",
-        allocated_at=NOW - ago,
-        stopped_at=NOW - ago if state == "held" else None,
-    )
-    found = expired(NOW, ledger.with_allocation(mine), config_of(), alive, running)
-    assert bool(found) is over
-
-
-def test_a_hold_without_end_and_a_wait_without_end_are_never_over() -> None:
-    ledger = taken(FOUR, alice="0", bob="1")
-    held = replace(ledger.allocations["p._.alice"], stopped_at=NOW - 999 * HELD)
-    waiting = replace(ledger.allocations["p._.bob"], pending=True, allocated_at=NOW - 999 * HELD)
-    config = replace(config_of(gpu_hold_after_stop=None), policies=Policies(pending_timeout=None))
-    assert expired(NOW, ledger.with_allocation(held).with_allocation(waiting), config, (), ()) == {}
 
 
 @pytest.mark.parametrize("startable", [True, False])

@@ -1,6 +1,6 @@
 """The allocation verbs: apply (allocate, hold, activate, release), validate, status.
 
-Decisions are pure (placement, transitions); this file reads the world once, decides under the
+Decisions are pure (transitions, lifecycle); this file looks at the host once, decides under the
 ledger's lock, and carries out: ledger, CDI spec, event. A whole batch is one lock, one NVML session
 and one list of the engine.
 """
@@ -8,23 +8,40 @@ and one list of the engine.
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from . import accounts, config, engine, events, ledger, limits, names, nvml, placement, rebuild, records, units
+from . import (
+    accounts,
+    claims,
+    config,
+    engine,
+    events,
+    ledger,
+    lifecycle,
+    limits,
+    names,
+    nvml,
+    placement,
+    processes,
+    queueing,
+    rebuild,
+    records,
+    takeover,
+    units,
+)
 from .cdi import Cdi
 from .errors import Ds01Error, invalid_input
 from .ledger import Transaction
 from .model import Allocation, Device, Gpu, Inventory, Ledger, Refusal
+from .observation import Observation, Observer
 from .paths import Paths
-from .transitions import Change, Outcome, after, decide, describe, device_problem, expired, hold_ends, refused, resolved
+from .transitions import Change, Outcome, after, decide, describe, device_problem, hold_ends, refused, resolved
 
 _EVENTS = {"granted": "gpu.allocated", "held": "gpu.held", "released": "gpu.released", "expired": "gpu.released"}
-_NO_GPUS = Inventory((), ())
 
 
 @dataclass(frozen=True)
@@ -37,13 +54,17 @@ class _Sources:
 
 @dataclass(frozen=True)
 class _Plan:
-    """A batch decided: what becomes of each change, of grants nobody came for, and the ledger after it."""
+    """A batch decided: what becomes of each change and of what was due anyway, and the ledger after it.
+
+    `rebooted` says that the ledger is of an earlier boot: nothing of it is projected yet.
+    """
 
     outcomes: Sequence[Outcome]
-    expired: Sequence[Outcome]
+    due: Sequence[Outcome]
     ledger: Ledger
     spec: Mapping[str, Any] | None
     now: datetime
+    rebooted: bool
 
 
 class Allocations:
@@ -62,6 +83,7 @@ class Allocations:
         self.events = events.EventLog(paths.events, actor or events.actor_from_env())
         self._config: limits.Config | None = None
         self._engine: engine.Engine | None = None
+        self._observer = Observer(lambda: self.engine)
 
     @property
     def config(self) -> limits.Config:
@@ -110,32 +132,45 @@ class Allocations:
             self.rebuild()
         with contextlib.ExitStack() as stack:
             sources = self._open(changes, stack)
+            first = self.store.read()
+            seen = self._observe(changes, first, sources)
             transaction = stack.enter_context(self.store.transaction())
-            before = transaction.ledger
-            plan = self._plan(changes, before, sources)
-            moved = _moved(before, plan.ledger)
-            specs = {name: self.cdi.content(name) for name in (*moved, *(o.name.full for o in plan.outcomes))}
-            for container in moved:
-                # Killed before the new one is written, it cannot start, rather than on what it had.
-                self.cdi.withdraw(container)
-            transaction.commit(plan.ledger, plan.now)
-            try:
-                asked = [o.name.full for o in plan.outcomes if _to_project(o)]
-                final = (plan.ledger.allocations.get(name) for name in dict.fromkeys((*moved, *asked)))
-                self._project((a for a in final if a), plan.spec)
-            except OSError as exc:
-                transaction.commit(before, plan.now)
-                for container, content in specs.items():
-                    with contextlib.suppress(OSError):
-                        self.cdi.restore(container, content)
-                raise Ds01Error(
-                    "permission_denied",
-                    f"The CDI directory {self.paths.cdi} cannot be written: {exc.strerror}.",
-                    "Run as root, or name another directory with DS01_CDI_DIR; nothing was allocated.",
-                ) from None
+            if transaction.ledger != first:
+                seen = self._observe(changes, transaction.ledger, sources)  # what was seen may be older than that
+            plan = self._plan(changes, transaction.ledger, seen, sources)
+            self._commit(plan, transaction)
         self._record_events(plan)
         problem = self.events.problem
         return [replace(o, warnings=(*o.warnings, problem)) for o in plan.outcomes] if problem else plan.outcomes
+
+    def _commit(self, plan: _Plan, transaction: Transaction) -> None:
+        """Ledger and CDI files, both or none; killed at any point, no file says more than the ledger."""
+        before = transaction.ledger
+        moved = _moved(before, plan.ledger)
+        specs = {name: self.cdi.content(name) for name in (*moved, *(o.name.full for o in plan.outcomes))}
+        for container in moved:
+            # Killed before the new one is written, it cannot start, rather than on what it had.
+            self.cdi.withdraw(container)
+        transaction.commit(plan.ledger, plan.now)
+        try:
+            self._project(_to_project(plan, moved), plan.spec)
+        except OSError as exc:
+            transaction.commit(before, plan.now)
+            for container, content in specs.items():
+                with contextlib.suppress(OSError):
+                    self.cdi.restore(container, content)
+            raise Ds01Error(
+                "permission_denied",
+                f"The CDI directory {self.paths.cdi} cannot be written: {exc.strerror}.",
+                "Run as root, or name another directory with DS01_CDI_DIR; nothing was allocated.",
+            ) from None
+
+    def leave(self, containers: Collection[str]) -> None:
+        """Take these containers' requests out of the queue."""
+        with self.store.transaction() as transaction:
+            now = transaction.ledger
+            queue = tuple(w for w in now.queue if w.request.container not in containers)
+            transaction.commit(replace(now, queue=queue), self.clock())
 
     def rebuild(self) -> rebuild.Rebuilt:
         """Restore what the ledger lost, from the containers' own records; a damaged file is kept aside."""
@@ -170,40 +205,13 @@ class Allocations:
             return rebuild.rebuild(self._claims(), driver.inventory(), known)
 
     def _claims(self) -> list[rebuild.Claim]:
-        """What each GPU container says of itself: its metadata record, else its labels."""
-        claims = []
-        for container in self.engine.containers():
-            if container.gpus and container.user:
-                claims.append(self._claim(container))
-        return claims
-
-    def _claim(self, listed: engine.Container) -> rebuild.Claim:
-        container = self.engine.container(listed.name) or listed
-        stopped = container.status in ("exited", "dead")
-        created = container.labels.get("ds01.created_at")
-        return rebuild.Claim(
-            container=container.name,
-            container_id=container.id,
-            user=container.user,
-            devices=self._recorded_devices(container),
-            priority=self.limits(container.user).priority,
-            created_at=units.parse_time(created) if created else self.clock(),
-            stopped_at=(container.finished_at or self.clock()) if stopped else None,
-        )
-
-    def _recorded_devices(self, container: engine.Container) -> tuple[Device, ...]:
-        with contextlib.suppress(OSError, ValueError):
-            record = json.loads((self.paths.metadata / f"{container.name}.json").read_bytes())
-            if record.get("container_id") == container.id:
-                return rebuild.devices_of(record.get("devices"))
-        with contextlib.suppress(ValueError):
-            return rebuild.devices_of(json.loads(container.labels.get("ds01.devices") or "[]"))
-        return ()
+        return claims.read(self.engine, self.paths.metadata, lambda user: self.limits(user).priority, self.clock())
 
     def preview(self, changes: Sequence[Change]) -> Sequence[Outcome]:
         """What `apply` would do now. Writes nothing and takes no lock."""
         with contextlib.ExitStack() as stack:
-            return self._plan(changes, self.store.read(), self._open(changes, stack)).outcomes
+            sources, now = self._open(changes, stack), self.store.read()
+            return self._plan(changes, now, self._observe(changes, now, sources), sources).outcomes
 
     def validate(self, name: names.ContainerName, gpu: str | None = None) -> Outcome:
         """Whether the container's devices still exist, are healthy, and are the ones projected."""
@@ -251,7 +259,19 @@ class Allocations:
                 }
                 for a in shown
             ],
+            "queue": self._queue_rows(now, inventory),
         }
+
+    def _queue_rows(self, now: Ledger, inventory: Inventory) -> list[dict[str, Any]]:
+        """Who waits, the next to be served first, with the earliest end of what is in the way."""
+        situation = self._situation(now, Observation(inventory), self.clock())
+        rows = []
+        for position, waiter in enumerate(queueing.ordered(situation.queue), 1):
+            decision = takeover.decide(waiter.request, queueing.limits_of(waiter, self.config), situation)
+            available = decision.available_at if isinstance(decision, Refusal) else None
+            row = {"position": position, **records.waiter_record(waiter)}
+            rows.append({**row, "available_at": units.format_time(available) if available else None})
+        return rows
 
     def _open(self, changes: Sequence[Change], stack: contextlib.ExitStack) -> _Sources:
         """What is slow and does not depend on the ledger, done before its lock is taken: imports, the
@@ -263,56 +283,59 @@ class Allocations:
             return _Sources(None, None)
         return _Sources(stack.enter_context(nvml.session()), self.cdi.nvidia_spec())
 
-    def _plan(self, changes: Sequence[Change], now: Ledger, sources: _Sources) -> _Plan:
-        """Read what the batch needs, once, and fold the decisions over the ledger."""
-        containers = self.engine.containers() if _needs_engine(changes) else ()
-        running = {c.name for c in containers if c.status in engine.RUNNING}
-        time = self.clock()
-        inventory = sources.driver.inventory() if sources.driver else _NO_GPUS
-        now = resolved(now, inventory)
-        gone = self._expired(now, changes, containers, running, time) if _allocating(changes) else []
-        for outcome in gone:
-            now = after(now, outcome)
-        situation = placement.Situation(
+    def _observe(self, changes: Sequence[Change], now: Ledger, sources: _Sources) -> Observation:
+        if not _needs_engine(changes):
+            return self._observer.without_engine(sources.driver)
+        stopping = {change.name.full for change in changes if change.state == "held"}
+        return self._observer.look(now, sources.driver, stopping)
+
+    def _situation(self, now: Ledger, seen: Observation, time: datetime) -> placement.Situation:
+        this_boot = now.boot_id in ("", processes.boot_id())
+        return placement.Situation(
             ledger=now,
-            inventory=inventory,
+            inventory=seen.inventory,
             policy=self.config.gpu,
             now=time,
             reservations=self.config.reservations,
-            running=running,
+            running=seen.running,
             hold_ends=hold_ends(now, self.config),
+            occupied=seen.occupied,
+            queue=queueing.alive(now.queue, time, processes.lives) if this_boot else (),
+            reclaim=self.config.policies.reclaim_holds == "lower_priority",
         )
+
+    def _plan(self, changes: Sequence[Change], before: Ledger, seen: Observation, sources: _Sources) -> _Plan:
+        """Fold the decisions over the ledger, each device of it named as it is called now."""
+        time, boot = self.clock(), processes.boot_id()
+        now = resolved(before, seen.inventory)
+        due = self._due(now, changes, seen, time) if _allocating(changes) else []
+        for outcome in due:
+            now = after(now, outcome)
+        situation = self._situation(now, seen, time)
         outcomes = []
         for change in changes:
-            others = other_containers(change.name, containers, situation.ledger)
-            outcome = decide(change, self.config, replace(situation, containers=others))
+            others = other_containers(change.name, seen.containers, situation.ledger)
+            outcome = decide(seen.completed(change), self.config, replace(situation, containers=others))
             outcome = self._projectable(outcome, sources.spec)
-            situation = replace(situation, ledger=after(situation.ledger, outcome))
+            situation = _followed(situation, outcome)
             outcomes.append(outcome)
-        return _Plan(outcomes, gone, situation.ledger, sources.spec, situation.now)
+        final = situation.ledger
+        if final.queue != before.queue:
+            final = replace(final, queue=tuple(situation.queue))
+        # Only what was looked up in this boot may be projected in it.
+        rebooted = bool(sources.driver and before.allocations) and before.boot_id != boot
+        if rebooted or (sources.driver and _differs(final, before)):
+            final = replace(final, boot_id=boot)
+        return _Plan(outcomes, due, final, sources.spec, time, rebooted)
 
-    def _expired(
-        self,
-        now: Ledger,
-        changes: Sequence[Change],
-        containers: Sequence[engine.Container],
-        running: Collection[str],
-        time: datetime,
-    ) -> list[Outcome]:
-        """What is over, taken back: nobody came for it, or its hold ended. Whoever asks again keeps his."""
+    def _due(self, now: Ledger, changes: Sequence[Change], seen: Observation, time: datetime) -> list[Outcome]:
+        """What is over or was seen to have changed; whoever asks again keeps his."""
         asking = {change.name.full for change in changes}
-        over = expired(time, now, self.config, {c.name for c in containers} | asking, running)
-        outcomes = []
-        for container, why in over.items():
-            if container not in asking:
-                before = now.allocations[container]
-                name = names.ContainerName(names.split(container)[0], before.user, container)
-                outcomes.append(Outcome(name, "expired", f"{before.gpu_id} is free again: {why}.", before=before))
-        return outcomes
+        return list(lifecycle.due(now, self.config, seen.seen, time, asking))
 
     def _projectable(self, outcome: Outcome, spec: Mapping[str, Any] | None) -> Outcome:
         """A grant that NVIDIA's CDI spec cannot carry would never start: refuse it instead."""
-        if not _to_project(outcome) or outcome.allocation is None:
+        if not _granting(outcome) or outcome.allocation is None:
             return outcome
         if spec is None and engine.disabled():
             return replace(outcome, warnings=("No NVIDIA CDI spec on this host: no CDI device was written.",))
@@ -330,24 +353,33 @@ class Allocations:
                 self.cdi.project(allocation.container, uuids, spec)
 
     def _record_events(self, plan: _Plan) -> None:
-        for outcome in (*plan.expired, *plan.outcomes):
-            event = _EVENTS.get(outcome.reason) if outcome.changed else None
-            if event == "gpu.allocated" and outcome.before:
-                event = "gpu.rebound"
-            if not outcome.ok:
-                event = "gpu.refused"
-            if event is None:
-                continue
-            shown = outcome.allocation or outcome.before
-            self.events.write(
-                event,
-                plan.now,
-                user=outcome.name.user,
-                container=outcome.name.full,
-                devices=[records.device_record(d) for d in shown.devices] if shown else None,
-                reason=outcome.reason,
-                message=outcome.message,
-            )
+        for outcome in (*plan.due, *plan.outcomes):
+            for event, allocation, message in _events(outcome):
+                self.events.write(
+                    event,
+                    plan.now,
+                    user=allocation.user if allocation else outcome.name.user,
+                    container=allocation.container if allocation else outcome.name.full,
+                    devices=[records.device_record(d) for d in allocation.devices] if allocation else None,
+                    reason=outcome.reason,
+                    message=message,
+                )
+
+
+def _events(outcome: Outcome) -> Iterator[tuple[str, Allocation | None, str]]:
+    """What the audit log says of an outcome: the event, the allocation it is about, a sentence."""
+    for hold in outcome.given_up:
+        by = f"{outcome.name.full} of {outcome.name.user}"
+        yield "gpu.reclaimed", hold, f"{hold.gpu_id}, held for {hold.container}, was taken over for {by}."
+    event = _EVENTS.get(outcome.reason) if outcome.changed else None
+    if event == "gpu.allocated" and outcome.before:
+        event = "gpu.rebound"
+    if outcome.waiter:
+        event = "gpu.queued" if outcome.joined else None
+    elif not outcome.ok:
+        event = "gpu.refused"
+    if event:
+        yield event, outcome.allocation or outcome.before, outcome.message
 
 
 def _moved(before: Ledger, after_: Ledger) -> list[str]:
@@ -355,6 +387,19 @@ def _moved(before: Ledger, after_: Ledger) -> list[str]:
     had = {name: a.devices for name, a in before.allocations.items()}
     has = {name: a.devices for name, a in after_.allocations.items()}
     return sorted(name for name in had if has.get(name) != had[name])
+
+
+def _followed(situation: placement.Situation, outcome: Outcome) -> placement.Situation:
+    """The situation once the outcome is carried out."""
+    now = after(situation.ledger, outcome)
+    if now is situation.ledger:
+        return situation
+    queue = tuple(w for w in now.queue if w in situation.queue or w is outcome.waiter)
+    return replace(situation, ledger=now, queue=queue)
+
+
+def _differs(one: Ledger, other: Ledger) -> bool:
+    return (one.allocations, one.queue) != (other.allocations, other.queue)
 
 
 def _allocating(changes: Sequence[Change]) -> bool:
@@ -366,9 +411,18 @@ def _needs_engine(changes: Sequence[Change]) -> bool:
     return not engine.disabled() and any(change.state != "active" for change in changes)
 
 
-def _to_project(outcome: Outcome) -> bool:
+def _granting(outcome: Outcome) -> bool:
     """Grants, and those asked for again: that mends a CDI file that somebody removed."""
     return outcome.ok and outcome.reason in ("granted", "already_allocated")
+
+
+def _to_project(plan: _Plan, moved: Sequence[str]) -> Iterator[Allocation]:
+    """Whose CDI devices are to be written: moved and asked for; after a reboot everybody's."""
+    asked = (o.name.full for o in plan.outcomes if _granting(o))
+    everybody = plan.ledger.allocations if plan.rebooted else ()
+    for name in dict.fromkeys((*moved, *asked, *everybody)):
+        if name in plan.ledger.allocations:
+            yield plan.ledger.allocations[name]
 
 
 def _needs_driver(changes: Sequence[Change]) -> bool:

@@ -11,12 +11,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from . import config, overview, terminal
+from . import config, overview, terminal, units, waiting
 from .allocations import Allocations
-from .errors import EXIT_OK, EXIT_UNAVAILABLE, Ds01Error, exit_code
+from .errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_UNAVAILABLE, Ds01Error, exit_code
 from .limits import as_dict, resolve
 from .paths import Paths
 from .transitions import Change, Outcome, describe
@@ -48,6 +49,8 @@ def _cmd_allocate(args: argparse.Namespace, ds01: Allocations) -> int:
         priority=args.priority,
         max_gpus=args.max_gpus,
         may_raise=os.geteuid() == 0,
+        reuse_held=args.reuse_held,
+        wait=args.wait,
     )
     return _carry_out(change, args, ds01)
 
@@ -59,8 +62,9 @@ def _cmd_move(args: argparse.Namespace, ds01: Allocations) -> int:
 def _carry_out(change: Change, args: argparse.Namespace, ds01: Allocations) -> int:
     if args.dry_run:
         print("Dry run, nothing is changed.", file=sys.stderr)
-    run = ds01.preview if args.dry_run else ds01.apply
-    return _show(run([change])[0], args.json)
+        return _show(ds01.preview([change])[0], args.json)
+    say = lambda sentence: print(sentence, file=sys.stderr, flush=True)  # noqa: E731
+    return _show(waiting.apply(ds01, [change], say)[0], args.json)
 
 
 def _cmd_validate(args: argparse.Namespace, ds01: Allocations) -> int:
@@ -93,6 +97,10 @@ _QUERIES: Mapping[str, tuple[Callable[[Allocations], Sequence[Mapping[str, Any]]
             "allocated": "Allocated",
             "devices": "of",
         },
+    ),
+    "queue": (
+        overview.queue,
+        terminal.QUEUE,
     ),
     "users": (
         overview.users,
@@ -174,6 +182,13 @@ def _complain(reason: str, message: str) -> None:
     print(f"ds01: {reason}: {message}", file=sys.stderr)
 
 
+def _duration(text: str) -> timedelta:
+    try:
+        return units.parse_duration(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from None
+
+
 def _whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
@@ -220,6 +235,12 @@ def _parser() -> argparse.ArgumentParser:
     allocate.add_argument("--profile", help="a MIG profile such as 2g.20gb, or full")
     allocate.add_argument("--max-gpus", type=_whole, metavar="N", help="lower the user's limit (root: raise it)")
     allocate.add_argument("--priority", type=_whole, metavar="N", help="lower the user's priority (root: raise it)")
+    allocate.add_argument(
+        "--wait", type=_duration, metavar="TIME", help="wait so long for a device, such as 10m (Ctrl-C stops waiting)"
+    )
+    allocate.add_argument(
+        "--reuse-held", action="store_true", help="give up what your own stopped containers hold, where that helps"
+    )
     allocate.add_argument("--dry-run", action="store_true", help="only say what would happen")
 
     for name, state, summary in (
@@ -247,7 +268,12 @@ def _parser() -> argparse.ArgumentParser:
     again = add("rebuild", _cmd_rebuild, "Restore a lost ledger from the containers.", "ds01 rebuild --dry-run")
     again.add_argument("--dry-run", action="store_true", help="only say what would be restored")
 
-    query = add("query", _cmd_query, "List containers, GPUs, or users beside their limits.", "ds01 query users --json")
+    query = add(
+        "query",
+        _cmd_query,
+        "List containers, GPUs, who waits, or users beside their limits.",
+        "ds01 query users --json",
+    )
     query.add_argument("what", choices=list(_QUERIES))
 
     log = add("events", _cmd_events, "Show the audit log (--json: its lines).", "ds01 events --follow --user alice")
@@ -278,8 +304,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             _print_json({"failed": True, "reason": exc.reason, "msg": str(exc), **exc.details})
         _complain(exc.reason, str(exc))
         return exc.exit_code
-    except (BrokenPipeError, KeyboardInterrupt):
+    except BrokenPipeError:
         return EXIT_OK
+    except KeyboardInterrupt:
+        return EXIT_OK if args.command == "events" else EXIT_INTERRUPTED
     except OSError as exc:
         _complain("output", f"The answer could not be written: {exc.strerror}.")
         return EXIT_UNAVAILABLE

@@ -11,9 +11,23 @@ import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
-from . import accounts, confinement, container_spec, engine, files, names, placement, records, units, userdb, workspace
+from . import (
+    accounts,
+    confinement,
+    container_spec,
+    engine,
+    files,
+    names,
+    placement,
+    records,
+    units,
+    userdb,
+    waiting,
+    workspace,
+)
 from .allocations import Allocations, other_containers
 from .container_spec import ContainerRequest, ImageFiles
 from .errors import Ds01Error
@@ -30,13 +44,18 @@ _RUNNING = ("running", "restarting")  # not paused: that is no success of a star
 
 @dataclass(frozen=True)
 class Wish:
-    """What one container should be. `request` is None where no image is named: it has to exist."""
+    """What one container should be. `request` is None where no image is named: it has to exist.
+
+    `wait` is how long to wait for devices; `reuse_held` gives up the user's own holds for them.
+    """
 
     state: str
     name: names.ContainerName
     request: ContainerRequest | None = None
     stop_timeout: int = DEFAULT_STOP_TIMEOUT
     recreate: str = "never"
+    wait: timedelta | None = None
+    reuse_held: bool = False
 
 
 @dataclass
@@ -204,11 +223,12 @@ class Containers:
 
     def _allocate(self, wish: Wish, plan: _Plan, undo: contextlib.ExitStack) -> bool:
         """Make sure that the container has its devices; new ones are given back when a later step fails."""
-        outcome = self._allocations.apply([self._change(wish, plan)])[0]
+        outcome = waiting.apply(self._allocations, [self._change(wish, plan)])[0]
         _raise_refusal(outcome)
         if outcome.changed:
-            undo.callback(self._allocations.apply, [Change("released", wish.name)])
-        return outcome.changed
+            kept = outcome.before is not None and outcome.allocation.devices == outcome.before.devices
+            undo.callback(self._allocations.apply, [Change("held" if kept else "released", wish.name)])
+        return outcome.changed and not kept
 
     def _create(self, wish: Wish, plan: _Plan, undo: contextlib.ExitStack) -> bool:
         request, spec = wish.request, plan.spec
@@ -271,10 +291,8 @@ class Containers:
 
     def _stop(self, wish: Wish, plan: _Plan, _undo: contextlib.ExitStack) -> bool:
         self._engine.stop(wish.name.full, wish.stop_timeout)
-        container = self._engine.container(wish.name.full)
         if plan.existing and plan.existing.gpus:
-            stopped_at = container.finished_at if container else None
-            self._allocations.apply([Change("held", wish.name, stopped_at=stopped_at)])
+            self._allocations.apply([Change("held", wish.name)])
         self._event("container.stopped", wish.name)
         return True
 
@@ -336,7 +354,15 @@ class Containers:
         labels = plan.existing.labels if plan.existing else {}
         profile = wish.request.profile if wish.request else labels.get("ds01.profile") or None
         startable = plan.existing is None or plan.existing.status not in engine.RUNNING
-        return Change("allocated", wish.name, gpus=_gpus(wish, plan), profile=profile, startable=startable)
+        return Change(
+            "allocated",
+            wish.name,
+            gpus=_gpus(wish, plan),
+            profile=profile,
+            startable=startable,
+            wait=wish.wait,
+            reuse_held=wish.reuse_held,
+        )
 
     def _metadata_path(self, name: names.ContainerName) -> Any:
         return self._allocations.paths.metadata / f"{name.full}.json"

@@ -17,6 +17,7 @@ from .libraries import require
 
 RUNNING = ("running", "restarting", "paused")
 """Statuses in which a container has its devices open, or may have them open again without a start."""
+STOPPED = ("exited", "dead")
 MANAGED = "ds01.managed"
 _TIMEOUT = 60
 _NEVER = "0001-01-01"

@@ -35,11 +35,15 @@ class Transaction:
 
     def commit(self, ledger: Ledger, now: datetime) -> bool:
         """Make `ledger` the truth, durably. False, and the file untouched, when nothing changed."""
-        if ledger.allocations == self.ledger.allocations:
+        if _content(ledger) == _content(self.ledger):
             return False
-        self.ledger = replace(ledger, generation=self.ledger.generation + 1, boot_id=_boot_id(), last_updated=now)
+        self.ledger = replace(ledger, generation=self.ledger.generation + 1, last_updated=now)
         self._store.write(self.ledger)
         return True
+
+
+def _content(ledger: Ledger) -> tuple[object, ...]:
+    return ledger.allocations, ledger.queue, ledger.boot_id
 
 
 class LedgerStore:
@@ -48,14 +52,19 @@ class LedgerStore:
     def __init__(self, path: Path, lock_timeout: float = LOCK_TIMEOUT) -> None:
         self._path = path
         self._lock_timeout = lock_timeout
+        self._parsed: tuple[bytes, Ledger] | None = None
 
     def read(self) -> Ledger:
         """The present ledger, without the lock: the file is only ever replaced as a whole.
 
-        Raises Ds01Error `ledger_unavailable`; a missing file is an empty ledger.
+        The same content gives the same object, parsed once. Raises Ds01Error `ledger_unavailable`; a
+        missing file is an empty ledger.
         """
         try:
-            return records.from_json(json.loads(self._path.read_text(encoding="utf-8")))
+            data = self._path.read_bytes()
+            if self._parsed is None or self._parsed[0] != data:
+                self._parsed = data, records.from_json(json.loads(data))
+            return self._parsed[1]
         except FileNotFoundError:
             return Ledger()
         except OSError as exc:
@@ -68,6 +77,14 @@ class LedgerStore:
                 f"The ledger {self._path} cannot be read: {exc}.",
                 f"Restore it from the containers with: ds01 rebuild (the generation before is {self._previous.name}).",
             ) from None
+
+    def state(self) -> tuple[int, int] | None:
+        """Changes whenever the file is replaced; None when there is none. For those who wait."""
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
 
     @property
     def _previous(self) -> Path:
@@ -155,9 +172,3 @@ class LedgerStore:
         with contextlib.suppress(FileNotFoundError):
             os.link(self._path, link)
             link.replace(self._previous)
-
-
-def _boot_id() -> str:
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return ""

@@ -13,10 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 from . import names, units
 from .errors import Ds01Error
+from .model import Device
 
 RawLayer = Mapping[str, Any]
 
@@ -86,7 +88,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Reservation:
-    """Devices booked for one user for a time window (start inclusive, end exclusive)."""
+    """Devices booked for one user for a time window (start inclusive, end exclusive).
+
+    `devices` are ids or UUIDs; a booked GPU books its MIG devices too.
+    """
 
     user: str
     devices: tuple[str, ...]
@@ -96,6 +101,13 @@ class Reservation:
 
     def covers(self, when: datetime) -> bool:
         return self.start <= when < self.end
+
+    def names(self, device: Device) -> bool:
+        return not {device.id, str(device.index[0]), device.uuid, device.gpu_uuid}.isdisjoint(self.devices)
+
+    def meets(self, start: datetime, runtime: timedelta | None) -> bool:
+        """Whether a use that begins at `start` and may last `runtime` (None: for ever) runs into it."""
+        return start < self.end and (runtime is None or self.start < start + runtime or self.covers(start))
 
 
 @dataclass(frozen=True)
@@ -151,9 +163,22 @@ class Config:
     policies: Policies
     containers: ContainerDefaults
 
+    @cached_property
+    def _groups_by_member(self) -> Mapping[str, str]:
+        by_member: dict[str, str] = {}
+        for name, group in self.groups.items():
+            for member in group.members:
+                by_member.setdefault(member, name)
+        return by_member
+
     def group_of(self, user: str) -> str:
         """The first group in the file's order that lists the user, else the default group."""
-        return next((name for name, group in self.groups.items() if user in group.members), self.default_group)
+        return self._groups_by_member.get(user, self.default_group)
+
+    def layers_of(self, user: str) -> tuple[RawLayer, ...]:
+        """The user's layers, the one that counts most last."""
+        group = self.groups.get(self.group_of(user))
+        return self.defaults, group.layer if group else {}, self.overrides.get(user, {})
 
 
 # What a key means that no layer sets: the most careful value, never "unlimited".
@@ -361,11 +386,20 @@ def resolve(config: Config, user: str) -> Limits:
     """One user's limits, layered key by key."""
     group = config.group_of(user)
     known = config.groups.get(group)
-    layer = {**config.defaults, **(known.layer if known else {}), **config.overrides.get(user, {})}
+    defaults, of_group, of_user = config.layers_of(user)
+    layer = {**defaults, **of_group, **of_user}
     explicit = {**(known.aggregate if known else {}), **config.override_aggregates.get(user, {})}
     resolved = Limits(user=user, group=group, aggregate=_aggregate(layer, explicit), **layer)
     _consistent(resolved)
     return resolved
+
+
+def gpu_hold(config: Config, user: str) -> timedelta | None:
+    """How long the user's stopped containers keep their devices: that one of `resolve`'s values.
+
+    Asked for every held allocation in every decision, so it does not resolve all the others.
+    """
+    return next(x["gpu_hold_after_stop"] for x in reversed(config.layers_of(user)) if "gpu_hold_after_stop" in x)
 
 
 def _consistent(limits: Limits) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from fractions import Fraction
+from functools import cached_property
 
 FULL = "full"
 """The profile of a GPU that is not cut: the whole device."""
@@ -38,10 +40,6 @@ class Device:
     def is_full(self) -> bool:
         return self.profile == FULL
 
-    def same_as(self, recorded: Device) -> bool:
-        """Whether a record means this device."""
-        return self.uuid == recorded.uuid if recorded.uuid else self.id == recorded.id
-
 
 @dataclass(frozen=True)
 class Gpu:
@@ -66,9 +64,18 @@ class Inventory:
     devices: tuple[Device, ...]
     driver_version: str = ""
 
+    @cached_property
+    def _index(self) -> Mapping[object, Device]:
+        """Devices by everything that a record may name them by."""
+        index: dict[object, Device] = {}
+        for device in self.devices:
+            for key in (device.uuid, device.id, (device.gpu_uuid, device.profile, device.placement)):
+                index.setdefault(key, device)
+        return index
+
     def find(self, recorded: Device) -> Device | None:
         """The device that a record names: by UUID, or by id where it has none."""
-        return next((d for d in self.devices if d.same_as(recorded)), None)
+        return self._index.get(recorded.uuid or recorded.id)
 
     def locate(self, recorded: Device) -> Device | None:
         """The device that a record means, as it is now: the one it names, else the one cut to the same
@@ -76,15 +83,14 @@ class Inventory:
         found = self.find(recorded)
         if found or recorded.placement is None:
             return found
-        identity = (recorded.gpu_uuid, recorded.profile, recorded.placement)
-        return next((d for d in self.devices if (d.gpu_uuid, d.profile, d.placement) == identity), None)
+        return self._index.get((recorded.gpu_uuid, recorded.profile, recorded.placement))
 
 
 @dataclass(frozen=True)
 class Allocation:
     """Devices granted to one container.
 
-    pending: granted, its container was not started yet; active: it was; held: it stopped.
+    pending: its container is about to be started, since `pending_since`; active: it was; held: it stopped.
     """
 
     container: str
@@ -94,40 +100,17 @@ class Allocation:
     allocated_at: datetime
     stopped_at: datetime | None = None
     container_id: str | None = None
-    pending: bool = False
+    pending_since: datetime | None = None
 
     @property
     def status(self) -> str:
         if self.stopped_at is not None:
             return "held"
-        return "pending" if self.pending else "active"
+        return "active" if self.pending_since is None else "pending"
 
     @property
     def gpu_id(self) -> str:
         return ",".join(d.id for d in self.devices)
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """Who was granted what. `generation` grows by one with every change."""
-
-    allocations: Mapping[str, Allocation] = field(default_factory=dict)
-    generation: int = 0
-    boot_id: str = ""
-    last_updated: datetime | None = None
-
-    def of_user(self, user: str) -> tuple[Allocation, ...]:
-        return tuple(a for a in self.allocations.values() if a.user == user)
-
-    def holder_of(self, device: Device) -> Allocation | None:
-        """Who has the device. A record of the replaced system names no UUID: there the id counts."""
-        return next((a for a in self.allocations.values() if any(device.same_as(d) for d in a.devices)), None)
-
-    def with_allocation(self, allocation: Allocation) -> Ledger:
-        return replace(self, allocations={**self.allocations, allocation.container: allocation})
-
-    def without(self, container: str) -> Ledger:
-        return replace(self, allocations={k: a for k, a in self.allocations.items() if k != container})
 
 
 @dataclass(frozen=True)
@@ -141,16 +124,91 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Process:
+    """A process of this boot: its id, and when it started (clock ticks since boot), for ids are used again."""
+
+    pid: int
+    started: int
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """The right to wait: from `since` until `until`, as long as the process lives."""
+
+    since: datetime
+    until: datetime
+    process: Process
+
+
+@dataclass(frozen=True)
+class Waiter:
+    """A request in the queue, with the priority and the number of devices (None: unlimited) it may have."""
+
+    request: Request
+    priority: int
+    max_gpus: int | None
+    ticket: Ticket
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Who was granted what, and who waits, in order of arrival. `generation` grows by one with every change."""
+
+    allocations: Mapping[str, Allocation] = field(default_factory=dict)
+    generation: int = 0
+    boot_id: str = ""
+    last_updated: datetime | None = None
+    queue: tuple[Waiter, ...] = ()
+
+    @cached_property
+    def _by_user(self) -> Mapping[str, tuple[Allocation, ...]]:
+        found: dict[str, list[Allocation]] = {}
+        for allocation in self.allocations.values():
+            found.setdefault(allocation.user, []).append(allocation)
+        return {user: tuple(allocations) for user, allocations in found.items()}
+
+    @cached_property
+    def _by_device(self) -> Mapping[str, Allocation]:
+        return {d.uuid or d.id: a for a in self.allocations.values() for d in a.devices}
+
+    @cached_property
+    def load(self) -> Mapping[str, int]:
+        """How many devices of each GPU are taken, by the GPU's UUID."""
+        return Counter(d.gpu_uuid for a in self.allocations.values() for d in a.devices)
+
+    def of_user(self, user: str) -> tuple[Allocation, ...]:
+        return self._by_user.get(user, ())
+
+    def holder_of(self, device: Device) -> Allocation | None:
+        """Who has the device. A record of the replaced system names no UUID: there the id counts."""
+        return self._by_device.get(device.uuid) or self._by_device.get(device.id)
+
+    def with_allocation(self, allocation: Allocation) -> Ledger:
+        return replace(self, allocations={**self.allocations, allocation.container: allocation})
+
+    def without(self, *containers: str) -> Ledger:
+        """The ledger without these containers' allocations."""
+        return replace(self, allocations={k: a for k, a in self.allocations.items() if k not in containers})
+
+
+@dataclass(frozen=True)
 class Grant:
+    """The devices, and the holds that gave way to it."""
+
     devices: tuple[Device, ...]
-    reason: str = "granted"
+    given_up: tuple[Allocation, ...] = ()
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why not, in a reason code and a sentence; `available_at` when a hold of the user's class ends."""
+    """Why not, in a reason code and a sentence.
+
+    `available_at` is the earliest end of a hold or reservation in the way; `retry` says that the same
+    request may be granted later, without anybody changing limits or hardware.
+    """
 
     reason: str
     message: str
     hint: str = ""
     available_at: datetime | None = None
+    retry: bool = False

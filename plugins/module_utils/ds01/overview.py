@@ -36,7 +36,7 @@ def gather(allocations: Allocations, users: Sequence[str]) -> dict[str, Any]:
         "devices": status.get("devices", []),
         "allocations": shown,
         "holds": [a for a in shown if a["status"] == "held"],
-        "queue": [],
+        "queue": status.get("queue", []),
         "containers": [_container(c) for c in found],
         "limits": {u: part(lambda u=u: limits.as_dict(allocations.limits(u)), None) for u in users},
         "versions": {
@@ -70,6 +70,11 @@ def gpus(allocations: Allocations) -> list[dict[str, Any]]:
         }
         for gpu in status["gpus"]
     ]
+
+
+def queue(allocations: Allocations) -> list[dict[str, Any]]:
+    """Who waits for devices, the next to be served first."""
+    return allocations.status()["queue"]
 
 
 def users(allocations: Allocations) -> list[dict[str, Any]]:

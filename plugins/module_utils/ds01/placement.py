@@ -1,24 +1,32 @@
 """Which devices a request gets, or why not. Pure.
 
-The order is: is it allowed at all (limits) -> what is asked for (profile) -> what is free, healthy
-and not booked -> which of those (strategy). Nothing ever widens the wish: a MIG request is never
-answered with a whole GPU.
+The order is: is it allowed at all (limits) -> what is asked for (profile) -> what is free, unused,
+healthy, not booked and not kept for somebody who waits -> which of those (strategy). Nothing ever
+widens the wish: a MIG request is never answered with a whole GPU.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from fractions import Fraction
 
 from . import units
 from .limits import GpuPolicy, Limits, Reservation, number_text
-from .model import FULL, Allocation, Device, Grant, Inventory, Ledger, Refusal, Request
+from .model import FULL, Allocation, Device, Grant, Inventory, Ledger, Refusal, Request, Waiter
+
+NONE_FREE = ("no_gpu_available", "reserved", "gpu_unhealthy")
+"""Reasons that another free device would change."""
 
 ANY = "any"
 """The wish for any device the user may have, the smallest first."""
+
+# What keeps a device from being granted; the first that applies counts.
+TAKEN, OCCUPIED, UNHEALTHY, BOOKED, KEPT = "taken", "occupied", "unhealthy", "booked", "kept"
+_OBSTACLES = (TAKEN, OCCUPIED, UNHEALTHY, BOOKED, KEPT)
+_Seen = Sequence[tuple[Device, str]]  # a fitting device, and what keeps it from being granted
 
 
 @dataclass(frozen=True)
@@ -26,8 +34,10 @@ class Situation:
     """Everything a decision depends on, read under the ledger's lock.
 
     `containers` counts the user's other containers in any state; `running` names all that run (or
-    are paused) now; `hold_ends` says when each held
-    allocation runs out (absent: not before it is released).
+    are paused) now; `hold_ends` says when each held allocation runs out (absent: not before it is
+    released). By device UUID: `occupied` says who uses a device without DS01, `kept` are devices for
+    those who wait longer, `preferred` are taken first, in that order. `queue` holds who waits, in order
+    of arrival; `reclaim` says that holds of lower priority give way.
     """
 
     ledger: Ledger
@@ -37,7 +47,12 @@ class Situation:
     reservations: Sequence[Reservation] = ()
     containers: int = 0
     running: Collection[str] = ()
-    hold_ends: Mapping[str, datetime] | None = None
+    hold_ends: Mapping[str, datetime] = field(default_factory=dict)
+    occupied: Mapping[str, str] = field(default_factory=dict)
+    kept: Collection[str] = ()
+    preferred: Mapping[str, int] = field(default_factory=dict)
+    queue: Sequence[Waiter] = ()
+    reclaim: bool = True
 
 
 def decide(request: Request, limits: Limits, situation: Situation) -> Grant | Refusal:
@@ -115,15 +130,44 @@ def _count_allowed(request: Request, limits: Limits, situation: Situation) -> Re
 
 
 def _choose(request: Request, wish: str, limits: Limits, situation: Situation) -> Grant | Refusal:
-    matching = [d for d in situation.inventory.devices if _fits(d, wish, limits)]
-    free = [d for d in matching if situation.ledger.holder_of(d) is None]
-    healthy = [d for d in free if d.health == "ok"]
-    booked = _booked_for_others(situation, limits.user)
-    open_ = [d for d in healthy if d.id not in booked]
+    fitting = [d for d in situation.inventory.devices if _fits(d, wish, limits)]
+    seen = [(device, obstacle(device, limits, situation)) for device in fitting]
+    open_ = [device for device, problem in seen if not problem]
     if len(open_) < request.gpus:
-        return _none_left(request, wish, matching, free, healthy, situation, limits.user)
-    chosen = _pick(request.gpus, open_, situation)
+        return _none_left(request, wish, seen, limits, situation)
+    chosen = _pick(request.gpus, open_, limits, situation)
     return _equivalents_allowed(chosen, limits, situation) or Grant(tuple(chosen))
+
+
+def obstacle(device: Device, limits: Limits, situation: Situation) -> str:
+    """What keeps the user from getting the device now; empty when nothing does."""
+    if situation.ledger.holder_of(device):
+        return TAKEN
+    if device.uuid in situation.occupied:
+        return OCCUPIED
+    if device.health != "ok":
+        return UNHEALTHY
+    if bookings(device, limits, situation):
+        return BOOKED
+    return KEPT if device.uuid in situation.kept else ""
+
+
+def bookings(device: Device, limits: Limits, situation: Situation) -> list[Reservation]:
+    """The reservations of others that the user's longest run on this device would meet."""
+    return [
+        reservation
+        for reservation in situation.reservations
+        if reservation.user != limits.user
+        and reservation.meets(situation.now, limits.max_runtime)
+        and reservation.names(device)
+    ]
+
+
+def candidates(request: Request, limits: Limits, situation: Situation) -> list[Device]:
+    """The devices that this request could be given now, be they enough or not."""
+    wish = wanted_profile(request, situation)
+    fitting = (d for d in situation.inventory.devices if _fits(d, wish, limits))
+    return [d for d in fitting if not obstacle(d, limits, situation)]
 
 
 def _fits(device: Device, wish: str, limits: Limits) -> bool:
@@ -132,20 +176,20 @@ def _fits(device: Device, wish: str, limits: Limits) -> bool:
     return device.profile == wish
 
 
-def _booked_for_others(situation: Situation, user: str) -> set[str]:
-    """Ids of reserved devices; a booked GPU books its MIG devices too."""
-    ids = {i for r in situation.reservations if r.user != user and r.covers(situation.now) for i in r.devices}
-    return {d.id for d in situation.inventory.devices if d.id in ids or str(d.index[0]) in ids}
-
-
-def _pick(count: int, candidates: Iterable[Device], situation: Situation) -> list[Device]:
-    """The devices, one after the other: smallest, then by strategy, then lowest index."""
-    load = Counter(d.gpu_uuid for a in situation.ledger.allocations.values() for d in a.devices)
+def _pick(count: int, open_: Iterable[Device], limits: Limits, situation: Situation) -> list[Device]:
+    """The devices, one after the other: preferred or booked for this user, then smallest, then by
+    strategy, then lowest index."""
+    load = Counter(situation.ledger.load)
     sign = -1 if situation.policy.strategy == "packed" else 1
-    remaining = list(candidates)
+    mine = [r for r in situation.reservations if r.user == limits.user and r.covers(situation.now)]
+    ahead = {**{d.uuid: -1 for d in open_ if any(r.names(d) for r in mine)}, **situation.preferred}
+    remaining = list(open_)
     chosen: list[Device] = []
     for _ in range(count):
-        best = min(remaining, key=lambda d: (d.equivalents, sign * load[d.gpu_uuid], d.index))
+        best = min(
+            remaining,
+            key=lambda d: (ahead.get(d.uuid, len(ahead)), d.equivalents, sign * load[d.gpu_uuid], d.index),
+        )
         remaining.remove(best)
         chosen.append(best)
         load[best.gpu_uuid] += 1
@@ -168,37 +212,73 @@ def _equivalents_allowed(chosen: Iterable[Device], limits: Limits, situation: Si
     )
 
 
-def _none_left(
-    request: Request,
-    wish: str,
-    matching: Sequence[Device],
-    free: Sequence[Device],
-    healthy: Sequence[Device],
-    situation: Situation,
-    user: str,
-) -> Refusal:
+def _none_left(request: Request, wish: str, seen: _Seen, limits: Limits, situation: Situation) -> Refusal:
     what = f"{request.gpus} x {_named(wish)}" if request.gpus > 1 else _named(wish)
-    if len(healthy) >= request.gpus:
-        ends = [r.end for r in situation.reservations if r.user != user and r.covers(situation.now)]
-        return Refusal(
-            "reserved", f"Every free {_named(wish)} is reserved.", "Try again later.", min(ends, default=None)
-        )
-    if len(free) >= request.gpus:
-        sick = sorted(f"{d.id} ({d.health})" for d in free if d.health != "ok")
-        return Refusal(
-            "gpu_unhealthy",
-            f"No healthy {what} is free; not granted: {', '.join(sick)}.",
-            "An admin can see why with: ds01 status.",
-        )
-    users = {a.container for d in matching if (a := situation.ledger.holder_of(d))}
-    ends = [end for container, end in (situation.hold_ends or {}).items() if container in users]
-    available = min(ends, default=None)
+    passed = {name: _beyond(name, [problem for _, problem in seen]) for name in _OBSTACLES}
+    if passed[UNHEALTHY] < request.gpus <= passed[OCCUPIED]:
+        return _unhealthy(request, what, seen)
+    if passed[BOOKED] < request.gpus <= passed[UNHEALTHY]:
+        return _reserved(what, seen, limits, situation)
+    ends = _ends(seen, limits, situation)
     return Refusal(
         "no_gpu_available",
-        f"No {what} is free: {len(matching) - len(free)} of {len(matching)} in use.",
-        f"The earliest hold ends at {units.format_time(available)}." if available else "Try again later.",
-        available,
+        f"No {what} is free: {_in_the_way(seen, situation)}.",
+        f"The earliest hold or reservation ends at {units.format_time(min(ends))}." if ends else "Try again later.",
+        min(ends, default=None),
+        retry=True,
     )
+
+
+def _beyond(name: str, found: Iterable[str]) -> int:
+    """How many devices have nothing against them up to and including this obstacle."""
+    later = ("", *_OBSTACLES[_OBSTACLES.index(name) + 1 :])
+    return sum(problem in later for problem in found)
+
+
+def _unhealthy(request: Request, what: str, seen: _Seen) -> Refusal:
+    sick = sorted(f"{d.id} ({d.health})" for d, problem in seen if problem == UNHEALTHY)
+    return Refusal(
+        "gpu_unhealthy",
+        f"No healthy {what} is free; not granted: {', '.join(sick)}.",
+        "An admin can see why with: ds01 status.",
+        retry=sum(d.health == "ok" for d, _ in seen) >= request.gpus,
+    )
+
+
+def _reserved(what: str, seen: _Seen, limits: Limits, situation: Situation) -> Refusal:
+    booked = [r for d, o in seen if o == BOOKED for r in bookings(d, limits, situation)]
+    if any(r.covers(situation.now) for r in booked):
+        message = f"Every free {what} is reserved."
+    else:
+        runtime = "may run for ever" if limits.max_runtime is None else "may run too long"
+        start = units.format_time(min(r.start for r in booked))
+        message = (
+            f"Every free {what} is reserved from {start} on, and {limits.user}'s container {runtime} (max_runtime)."
+        )
+    end = min(r.end for r in booked)
+    return Refusal("reserved", message, f"Try again after {units.format_time(end)}.", end, retry=True)
+
+
+def _in_the_way(seen: _Seen, situation: Situation) -> str:
+    """Why the fitting devices cannot be had, most of them first."""
+    number = Counter(problem for _, problem in seen)
+    parts = [f"{number[TAKEN]} of {len(seen)} in use"] if number[TAKEN] or len(number) == 1 else []
+    parts += [
+        f"{d.id} is used by {situation.occupied[d.uuid]}, which DS01 does not manage"
+        for d, problem in seen
+        if problem == OCCUPIED
+    ]
+    parts += [f"{d.id} is {d.health}" for d, problem in seen if problem == UNHEALTHY]
+    parts += [f"{number[BOOKED]} reserved"] if number[BOOKED] else []
+    parts += [f"{number[KEPT]} kept for requests that wait"] if number[KEPT] else []
+    return ", ".join(parts)
+
+
+def _ends(seen: _Seen, limits: Limits, situation: Situation) -> list[datetime]:
+    """When holds and reservations end that are in the way."""
+    holders = {a.container for d, _ in seen if (a := situation.ledger.holder_of(d))}
+    ends = [end for container, end in situation.hold_ends.items() if container in holders]
+    return ends + [r.end for d, o in seen if o == BOOKED for r in bookings(d, limits, situation)]
 
 
 def _named(wish: str) -> str:

@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from . import units
-from .model import FULL, Allocation, Device, Ledger
+from .model import FULL, Allocation, Device, Ledger, Process, Request, Ticket, Waiter
 
 VERSION = 1
 _DEVICE_ID = re.compile(r"[0-9]+(:[0-9]+)?")
@@ -26,7 +26,7 @@ def to_json(ledger: Ledger) -> dict[str, Any]:
         "boot_id": ledger.boot_id,
         "last_updated": units.format_time(ledger.last_updated) if ledger.last_updated else None,
         "allocations": {name: record(a) for name, a in sorted(ledger.allocations.items())},
-        "queue": [],
+        "queue": [waiter_record(w) for w in ledger.queue],
     }
     return {**body, "checksum": _checksum(body)}
 
@@ -41,7 +41,24 @@ def record(allocation: Allocation) -> dict[str, Any]:
         "stopped_at": units.format_time(allocation.stopped_at) if allocation.stopped_at else None,
         "devices": [device_record(d) for d in allocation.devices],
         "container_id": allocation.container_id,
-        "pending": allocation.pending,
+        "pending_since": units.format_time(allocation.pending_since) if allocation.pending_since else None,
+    }
+
+
+def waiter_record(waiter: Waiter) -> dict[str, Any]:
+    """One waiting request as the ledger file shows it."""
+    request = waiter.request
+    return {
+        "container": request.container,
+        "user": request.user,
+        "gpus": request.gpus,
+        "profile": request.profile,
+        "priority": waiter.priority,
+        "max_gpus": waiter.max_gpus,
+        "since": units.format_time(waiter.ticket.since),
+        "until": units.format_time(waiter.ticket.until),
+        "pid": waiter.ticket.process.pid,
+        "pid_started": waiter.ticket.process.started,
     }
 
 
@@ -74,6 +91,7 @@ def from_json(document: Any) -> Ledger:
             generation=_as(int, document.get("generation", 0), "generation"),
             boot_id=document.get("boot_id") or "",
             last_updated=_time(updated) if updated else None,
+            queue=tuple(_waiter(_as(dict, raw, "a waiter")) for raw in _as(list, document.get("queue") or [], "queue")),
         )
     except KeyError as exc:
         raise ValueError(f"{exc.args[0]} is missing") from None
@@ -93,7 +111,7 @@ def _time(value: Any) -> datetime:
 
 
 def _allocation(name: str, raw: Mapping[str, Any]) -> Allocation:
-    stopped = raw.get("stopped_at")
+    stopped, pending = raw.get("stopped_at"), raw.get("pending_since")
     devices = raw.get("devices")
     if devices is None:
         written = raw["gpu_id"]  # the replaced system once wrote plain numbers
@@ -107,7 +125,23 @@ def _allocation(name: str, raw: Mapping[str, Any]) -> Allocation:
         allocated_at=_time(raw["allocated_at"]),
         stopped_at=_time(stopped) if stopped else None,
         container_id=raw.get("container_id"),
-        pending=raw.get("pending") is True,
+        pending_since=_time(pending) if pending else None,
+    )
+
+
+def _waiter(raw: Mapping[str, Any]) -> Waiter:
+    texts = {key: _as(str, raw[key], f"a waiter's {key}") for key in ("container", "user")}
+    gpus, priority, pid, started = (
+        _as(int, raw[key], f"a waiter's {key}") for key in ("gpus", "priority", "pid", "pid_started")
+    )
+    profile, most = raw.get("profile"), raw.get("max_gpus")
+    return Waiter(
+        request=Request(
+            **texts, gpus=gpus, profile=None if profile is None else _as(str, profile, "a waiter's profile")
+        ),
+        priority=priority,
+        max_gpus=None if most is None else _as(int, most, "a waiter's max_gpus"),
+        ticket=Ticket(_time(raw["since"]), _time(raw["until"]), Process(pid, started)),
     )
 
 

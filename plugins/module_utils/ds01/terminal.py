@@ -72,6 +72,17 @@ DEVICES = {
 }
 
 
+QUEUE = {
+    "position": "Position",
+    "container": "Container",
+    "gpus": "Devices",
+    "profile": "Profile",
+    "priority": "Priority",
+    "since": "Since",
+    "available_at": "Not before",
+}
+
+
 def status_text(status: Mapping[str, Any]) -> str:
     """`ds01 status`: the devices and who has them; of one user, where the status is one user's."""
     ends = {a["container"]: a["hold_ends"] for a in status["allocations"]}
@@ -89,6 +100,8 @@ def status_text(status: Mapping[str, Any]) -> str:
     lines = [f"{taken} of {len(status['devices'])} devices allocated on {len(status['gpus'])} GPUs."]
     if rows:
         lines.append(table(rows, DEVICES))
+    if status["queue"] and status["user"] is None:
+        lines.append(f"{len(status['queue'])} waiting:\n{table(status['queue'], QUEUE)}")
     for gpu in status["gpus"]:
         if gpu["health"] != "ok":
             lines.append(f"GPU {gpu['index']} is {gpu['health']}: {gpu['health_reason']}.")

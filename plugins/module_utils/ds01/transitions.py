@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
-from . import names, placement, records, units
+from . import names, placement, queueing, records, takeover, units
 from .errors import invalid_input
-from .limits import Config, Limits, resolve
-from .model import Allocation, Device, Inventory, Ledger, Refusal, Request
+from .limits import Config, Limits, gpu_hold, resolve
+from .model import Allocation, Device, Grant, Inventory, Ledger, Refusal, Request, Ticket, Waiter
 
 _STOP_HINT = "Stop it with playbooks/container_stop.yml, or remove it with playbooks/container_remove.yml."
 STATES = ("allocated", "held", "active", "released")
@@ -26,7 +26,9 @@ class Change:
 
     `priority` and `max_gpus` lower what the limits give; `may_raise` (root) lets them raise it.
     `stopped_at` is when the container stopped; `container_id` the container that becomes active.
-    `startable` says that the container does not run, so that it may be bound to another device.
+    `startable` says that the container does not run and is about to be started: it may be bound to
+    another device. `reuse_held` gives up the user's own holds for this. `wait` is how long to wait for
+    devices; its `ticket` puts it into the queue (see waiting.py).
     """
 
     state: str
@@ -38,6 +40,9 @@ class Change:
     strategy: str | None = None
     may_raise: bool = False
     startable: bool = False
+    reuse_held: bool = False
+    wait: timedelta | None = None
+    ticket: Ticket | None = None
     stopped_at: datetime | None = None
     container_id: str | None = None
 
@@ -49,13 +54,19 @@ class Change:
         ):
             if value is not None and (value < low or (high and value > high)):
                 raise invalid_input(f"{what} is {value}; it must be {low} {f'to {high}' if high else 'or more'}.")
+        if self.wait is not None and self.wait < timedelta(0):
+            raise invalid_input("wait is less than 0.")
         if self.state == "allocated" and not self.name.user:
             raise invalid_input(f"Nobody was named for {self.name.full}.", "Add the user.")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one change. `ok` is False for a refusal; `before` is the former allocation."""
+    """What became of one change. `ok` is False for a refusal; `before` is the former allocation.
+
+    `given_up` are holds that gave way. `waiter` is the entry in the queue of a request that waits from
+    now on (`joined`) or still does, at this `position` (1 is served next).
+    """
 
     name: names.ContainerName
     reason: str
@@ -66,6 +77,11 @@ class Outcome:
     hint: str = ""
     available_at: datetime | None = None
     warnings: tuple[str, ...] = ()
+    given_up: tuple[Allocation, ...] = ()
+    ticket: Ticket | None = None
+    waiter: Waiter | None = None
+    joined: bool = False
+    position: int = 0
 
     @property
     def changed(self) -> bool:
@@ -82,6 +98,7 @@ class Outcome:
             "msg": f"{self.message} {self.hint}".strip(),
             "allocation": describe(self.allocation) if self.allocation else None,
             "available_at": units.format_time(self.available_at) if self.available_at else None,
+            "given_up": [describe(a) for a in self.given_up],
             "warnings": list(self.warnings),
         }
 
@@ -118,11 +135,11 @@ def decide(change: Change, config: Config, situation: placement.Situation) -> Ou
     if refusal:
         return refused(change.name, refusal, current)
     if change.state == "allocated":
-        return _allocate(change, _adjusted(limits, change), current, situation)
+        return _allocate(change, _adjusted(limits, change), current, situation, config)
     if current is None:
         return _nothing_there(change)
     if change.state == "held":
-        return _hold(change, limits, current, situation.now)
+        return _hold(change, config, current, situation.now)
     if change.state == "active":
         return _activate(change, current)
     return Outcome(change.name, "released", f"Released {current.gpu_id} from {current.container}.", before=current)
@@ -140,20 +157,44 @@ def _not_theirs(change: Change, current: Allocation, running: Collection[str]) -
 
 def after(now: Ledger, outcome: Outcome) -> Ledger:
     """The ledger once the outcome is carried out."""
+    queue = _queue_after(now.queue, outcome)
+    if queue != now.queue:
+        now = replace(now, queue=queue)
+    if outcome.given_up:
+        now = now.without(*(a.container for a in outcome.given_up))
+    if outcome.allocation == now.allocations.get(outcome.name.full):
+        return now
     if outcome.allocation is None:
         return now.without(outcome.name.full)
     return now.with_allocation(outcome.allocation)
 
 
+def _queue_after(queue: tuple[Waiter, ...], outcome: Outcome) -> tuple[Waiter, ...]:
+    """A request that has to wait keeps its place or gets one; one that was answered leaves."""
+    others = tuple(w for w in queue if w.request.container != outcome.name.full)
+    if outcome.waiter:
+        return queue if len(others) < len(queue) else (*queue, outcome.waiter)
+    return others if outcome.ticket or outcome.allocation else queue
+
+
 def hold_ends(now: Ledger, config: Config) -> dict[str, datetime]:
-    """When each held allocation runs out; one whose owner's hold is unlimited is absent."""
-    ends = {}
-    for allocation in now.allocations.values():
-        if allocation.stopped_at is not None:
-            hold = resolve(config, allocation.user).gpu_hold_after_stop
-            if hold is not None:
-                ends[allocation.container] = allocation.stopped_at + hold
-    return ends
+    """When each held allocation runs out; one that is held until it is released is absent."""
+    ends = ((a.container, hold_end(a, config)) for a in now.allocations.values())
+    return {container: end for container, end in ends if end is not None}
+
+
+def hold_end(allocation: Allocation, config: Config) -> datetime | None:
+    """When the hold is over: after the user's time, or when somebody else's reservation begins."""
+    stopped = allocation.stopped_at
+    if stopped is None:
+        return None
+    hold = gpu_hold(config, allocation.user)
+    ends = [stopped + hold] if hold is not None else []
+    for reservation in config.reservations:
+        booked = any(reservation.names(d) for d in allocation.devices)
+        if booked and reservation.user != allocation.user and reservation.end > stopped:
+            ends.append(max(stopped, reservation.start))
+    return min(ends, default=None)
 
 
 def resolved(now: Ledger, inventory: Inventory) -> Ledger:
@@ -172,25 +213,6 @@ def _renamed(recorded: Device, inventory: Inventory, named: Collection[str]) -> 
     if found is None or (found.uuid, found.id) == (recorded.uuid, recorded.id):
         return recorded
     return recorded if found.uuid != recorded.uuid and found.uuid in named else found
-
-
-def expired(
-    time: datetime, now: Ledger, config: Config, alive: Collection[str], running: Collection[str]
-) -> dict[str, str]:
-    """Allocations whose time is over, and why: grants whose container was not made in time, and
-    holds that ended. `alive` names containers that exist or are being asked for; a running one
-    keeps its device, whoever started it."""
-    timeout, ends = config.policies.pending_timeout, hold_ends(now, config)
-    over = {}
-    for name, allocation in now.allocations.items():
-        waits = allocation.status == "pending" and name not in alive and timeout is not None
-        if name in running:
-            continue
-        if allocation.status == "held" and name in ends and ends[name] <= time:
-            over[name] = f"its hold ended at {units.format_time(ends[name])}"
-        elif waits and allocation.allocated_at + timeout <= time:
-            over[name] = "its container was never made"
-    return over
 
 
 def device_problem(allocation: Allocation, inventory: Inventory) -> str | None:
@@ -220,33 +242,87 @@ def _adjusted(limits: Limits, change: Change) -> Limits:
     )
 
 
-def _allocate(change: Change, limits: Limits, current: Allocation | None, situation: placement.Situation) -> Outcome:
-    problem = device_problem(current, situation.inventory) if current and change.gpus else None
+def _allocate(
+    change: Change, limits: Limits, current: Allocation | None, situation: placement.Situation, config: Config
+) -> Outcome:
+    problem = _unusable(change, current, limits, situation) if current and change.gpus else None
     if current is not None and not (problem and change.startable):
-        return _already(change, current, problem)
+        return _already(change, current, problem, situation.now)
     if current is not None:
         situation = replace(situation, ledger=situation.ledger.without(current.container))
     if change.strategy:
         situation = replace(situation, policy=replace(situation.policy, strategy=change.strategy))
     request = Request(change.name.full, change.name.user, change.gpus, change.profile)
-    decision = placement.decide(request, limits, situation)
+    ahead = queueing.ahead_of(request.container, limits.priority, situation.queue)
+    situation = queueing.keeping(ahead, config, situation)
+    decision = takeover.decide(request, limits, situation, reuse_held=change.reuse_held)
     if isinstance(decision, Refusal):
-        return refused(change.name, decision, current)
+        return _refused_or_waiting(change, request, limits, decision, current, situation, len(ahead))
     if not decision.devices:
-        return Outcome(change.name, "granted", f"{change.name.full} is CPU-only: it gets no GPU.")
+        return Outcome(change.name, "granted", f"{change.name.full} is CPU-only: it gets no GPU.", ticket=change.ticket)
+    return _granted(change, limits, current, decision, situation, f" ({problem})" if problem else "")
+
+
+def _unusable(change: Change, current: Allocation, limits: Limits, situation: placement.Situation) -> str | None:
+    """Why the container cannot go on with the devices it has, or None."""
+    problem = device_problem(current, situation.inventory)
+    if problem or not change.startable:
+        return problem
+    for device in current.devices:
+        for booked in situation.reservations:
+            soon = booked.meets(current.allocated_at, limits.max_runtime) and booked.end > situation.now
+            if booked.user != current.user and booked.names(device) and (booked.covers(situation.now) or soon):
+                return f"device {device.id} is reserved from {units.format_time(booked.start)} on"
+    return None
+
+
+def _refused_or_waiting(
+    change: Change,
+    request: Request,
+    limits: Limits,
+    refusal: Refusal,
+    current: Allocation | None,
+    situation: placement.Situation,
+    ahead: int,
+) -> Outcome:
+    ticket = change.ticket
+    outcome = replace(refused(change.name, refusal, current), ticket=ticket, position=ahead + 1)
+    if ticket is None or not refusal.retry or situation.now >= ticket.until:
+        return outcome
+    known = any(w.request.container == request.container for w in situation.queue)
+    return replace(outcome, waiter=Waiter(request, limits.priority, limits.max_gpus, ticket), joined=not known)
+
+
+def _granted(
+    change: Change,
+    limits: Limits,
+    current: Allocation | None,
+    grant: Grant,
+    situation: placement.Situation,
+    because: str,
+) -> Outcome:
     allocation = Allocation(
         container=change.name.full,
         user=change.name.user,
-        devices=decision.devices,
+        devices=grant.devices,
         priority=limits.priority,
         allocated_at=situation.now,
-        pending=True,
+        pending_since=situation.now,
     )
     what = ", ".join(f"{d.id} ({d.profile})" for d in allocation.devices)
-    because = f" ({problem})" if problem else ""
     message = f"Allocated {what} to {allocation.container}{because}."
+    if grant.given_up:
+        gone = ", ".join(f"{a.container} ({a.gpu_id}, priority {a.priority})" for a in grant.given_up)
+        message += f" Gave up for it: the hold of {gone}."
     return Outcome(
-        change.name, "granted", message, allocation=allocation, before=current, warnings=_not_raised(change, limits)
+        change.name,
+        "granted",
+        message,
+        allocation=allocation,
+        before=current,
+        warnings=_not_raised(change, limits),
+        given_up=grant.given_up,
+        ticket=change.ticket,
     )
 
 
@@ -260,15 +336,21 @@ def _not_raised(change: Change, limits: Limits) -> tuple[str, ...]:
     )
 
 
-def _already(change: Change, current: Allocation, problem: str | None) -> Outcome:
-    """An allocation is idempotent, but a different wish is a refusal, not a silent yes."""
+def _already(change: Change, current: Allocation, problem: str | None, now: datetime) -> Outcome:
+    """An allocation is idempotent, but a different wish is a refusal, not a silent yes.
+
+    One whose container is about to be started is pending from then on: nobody takes it over or back.
+    """
     if problem:
         hint = f"Release it, then allocate again: ds01 release --container {current.container}"
         return refused(change.name, Refusal("gpu_unhealthy", f"{current.container}: {problem}.", hint), current)
     profiles = {d.profile for d in current.devices}
     if change.gpus == len(current.devices) and (change.profile is None or {change.profile} == profiles):
         message = f"{current.container} already has {current.gpu_id}."
-        return Outcome(change.name, "already_allocated", message, allocation=current, before=current)
+        starts = replace(current, stopped_at=None, pending_since=now) if change.startable else current
+        return Outcome(
+            change.name, "already_allocated", message, allocation=starts, before=current, ticket=change.ticket
+        )
     has = f"{current.container} already has {current.gpu_id} ({', '.join(sorted(profiles))})"
     asked = f"{change.gpus} x {change.profile or 'device'}"
     hint = f"Release it first: ds01 release --container {current.container}"
@@ -282,23 +364,24 @@ def _nothing_there(change: Change) -> Outcome:
     return refused(change.name, Refusal("not_allocated", message, "See: ds01 status"))
 
 
-def _hold(change: Change, limits: Limits, current: Allocation, now: datetime) -> Outcome:
-    hold = limits.gpu_hold_after_stop
+def _hold(change: Change, config: Config, current: Allocation, now: datetime) -> Outcome:
+    hold = gpu_hold(config, current.user)
     if hold is not None and not hold:
         message = f"Released {current.gpu_id} from {current.container}: {current.user} has no hold after a stop."
         return Outcome(change.name, "released", message, before=current)
-    if current.stopped_at is not None and change.stopped_at is None:
+    stopped_at = change.stopped_at.replace(microsecond=0) if change.stopped_at else None
+    if current.stopped_at is not None and stopped_at in (None, current.stopped_at):
         message = f"{current.container} is already held since {units.format_time(current.stopped_at)}."
         return Outcome(change.name, "held", message, allocation=current, before=current)
-    stopped_at = change.stopped_at or now
-    until = "until it is released" if hold is None else f"until {units.format_time(stopped_at + hold)}"
+    held = replace(current, stopped_at=stopped_at or now.replace(microsecond=0), pending_since=None)
+    end = hold_end(held, config)
+    until = "until it is released" if end is None else f"until {units.format_time(end)}"
     message = f"{current.container} keeps {current.gpu_id} {until}."
-    held = replace(current, stopped_at=stopped_at.replace(microsecond=0))
     return Outcome(change.name, "held", message, allocation=held, before=current)
 
 
 def _activate(change: Change, current: Allocation) -> Outcome:
     container_id = change.container_id or current.container_id
-    active = replace(current, stopped_at=None, pending=False, container_id=container_id)
+    active = replace(current, stopped_at=None, pending_since=None, container_id=container_id)
     message = f"{current.container} uses {current.gpu_id}."
     return Outcome(change.name, "active", message, allocation=active, before=current)
