@@ -148,11 +148,13 @@ def test_processes_are_listed_where_they_run(machine):
     started = machine("--gpus", "2xA100-SXM4-80GB", "--mig", "1=2g.20gb,1g.10gb")
     started.set("process=0:11:2000", "process=0:12:100:G", "process=1.1:13:500")
     [one] = pynvml.nvmlDeviceGetComputeRunningProcesses(started.gpu(0))
-    assert (one.pid, one.usedGpuMemory, one.gpuInstanceId) == (11, 2000 << 20, 0xFFFFFFFF)
+    assert (one.pid, one.usedGpuMemory) == (11, 2000 << 20)
+    assert (one.gpuInstanceId, one.computeInstanceId) == (0xFFFFFFFF, 0xFFFFFFFF)
     assert [p.pid for p in pynvml.nvmlDeviceGetGraphicsRunningProcesses(started.gpu(0))] == [12]
     migs = started.migs(1)
     assert [[p.pid for p in pynvml.nvmlDeviceGetComputeRunningProcesses(mig)] for mig in migs.values()] == [[], [13]]
-    assert pynvml.nvmlDeviceGetComputeRunningProcesses(started.gpu(1))[0].gpuInstanceId == 9
+    [inside] = pynvml.nvmlDeviceGetComputeRunningProcesses(started.gpu(1))
+    assert (inside.pid, inside.gpuInstanceId, inside.computeInstanceId) == (13, 9, 0), "the GPU says in which instance"
     assert pynvml.nvmlDeviceGetMemoryInfo(migs[1]).used == 500 << 20
 
 

@@ -197,7 +197,7 @@ def nobody():
         os.seteuid(was)
 
 
-def test_only_root_changes_gpus(machine, monkeypatch):
+def test_only_root_changes_gpus_and_sees_all_instances(machine, monkeypatch):
     started = machine("--gpus", "2xA100-SXM4-80GB", "--mig", "0=1g.10gb")
     started.set("permit=root")
     with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are for their owner only
@@ -206,11 +206,14 @@ def test_only_root_changes_gpus(machine, monkeypatch):
         with nobody():
             gpu, mig = started.gpu(), started.migs()[0]
             assert pynvml.nvmlDeviceGetUUID(mig).startswith("MIG-"), "looking is for everybody"
+            assert pynvml.nvmlDeviceGetComputeRunningProcesses(mig) == []
+            assert pynvml.nvmlDeviceGetComputeRunningProcesses(started.gpu(1)) == []
             for change in (
                 lambda: pynvml.nvmlDeviceCreateGpuInstance(gpu, 19),
                 lambda: pynvml.nvmlDeviceSetMigMode(started.gpu(1), 1),
                 lambda: pynvml.nvmlDeviceSetPersistenceMode(gpu, 1),
                 lambda: pynvml.nvmlDeviceGetGpuInstanceById(gpu, 13),
+                lambda: pynvml.nvmlDeviceGetComputeRunningProcesses(gpu),
             ):
                 with pytest.raises(pynvml.NVMLError_NoPermission):
                     change()

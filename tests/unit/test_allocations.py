@@ -32,9 +32,13 @@ class Driver:
 
     def __init__(self, inventory: Inventory) -> None:
         self.now = inventory
+        self.busy: dict[str, tuple[int, ...]] = {}
 
     def inventory(self) -> Inventory:
         return self.now
+
+    def processes(self, _inventory: Inventory) -> dict[str, tuple[int, ...]]:
+        return self.busy
 
     @contextmanager
     def session(self) -> Iterator[Driver]:

@@ -115,10 +115,12 @@ NVML_API nvmlDeviceGetUtilizationRates(nvmlDevice_t device, nvmlUtilization_t *o
     return NVML_SUCCESS;
 }
 
+/* In MIG mode the GPU itself tells of all its instances, but only to who may see them all. */
 static nvmlReturn_t list_processes(nvmlDevice_t device, char type, unsigned *count, nvmlProcessInfo_t *out)
 {
     ENTER(device, ANY_DEVICE);
     REQUIRE(count, NVML_ERROR_INVALID_ARGUMENT);
+    REQUIRE(s.ci || !s.gpu->mig || permitted(s.state), NVML_ERROR_NO_PERMISSION);
     unsigned room = out ? *count : 0, found = 0;
     for (const struct process *it = s.state->processes; it < s.state->processes + s.state->process_count; it++) {
         if (it->gpu != s.gpu->minor || !strchr(it->type, type) || (s.ci && (it->gi != s.gi->id || it->ci != s.ci->id)))

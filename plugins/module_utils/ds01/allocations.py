@@ -83,7 +83,7 @@ class Allocations:
         self.events = events.EventLog(paths.events, actor or events.actor_from_env())
         self._config: limits.Config | None = None
         self._engine: engine.Engine | None = None
-        self._observer = Observer(lambda: self.engine)
+        self._observer = Observer(lambda: self.engine, paths.metadata)
 
     @property
     def config(self) -> limits.Config:
@@ -287,7 +287,8 @@ class Allocations:
         if not _needs_engine(changes):
             return self._observer.without_engine(sources.driver)
         stopping = {change.name.full for change in changes if change.state == "held"}
-        return self._observer.look(now, sources.driver, stopping)
+        harmless = self.config.policies.monitoring_containers
+        return self._observer.look(now, sources.driver, stopping=stopping, harmless=harmless)
 
     def _situation(self, now: Ledger, seen: Observation, time: datetime) -> placement.Situation:
         this_boot = now.boot_id in ("", processes.boot_id())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from . import units
+from . import occupancy, units
 from .errors import Ds01Error
 from .libraries import require
 
@@ -49,6 +49,14 @@ class Container:
 
 
 @dataclass(frozen=True)
+class Listing:
+    """Every container of the engine in every state: DS01's, by their label, and everybody else's."""
+
+    ours: tuple[Container, ...]
+    others: tuple[Container, ...]
+
+
+@dataclass(frozen=True)
 class Image:
     id: str
     labels: Mapping[str, str]
@@ -64,11 +72,24 @@ class Engine:
         """DS01's containers in every state, in one call."""
         with _errors("list containers"):
             found = self._client.containers(all=True, filters={"label": f"{MANAGED}=true"})
-        return tuple(
-            Container(c["Id"], c["Names"][0].lstrip("/"), c["State"], c["Image"], c.get("Labels") or {})
-            for c in found
-            if c.get("Names")
+        return tuple(_listed(c) for c in found if c.get("Names"))
+
+    def listing(self) -> Listing:
+        """DS01's containers, as `containers` gives them, and all others, in one call."""
+        with _errors("list containers"):
+            found = self._client.containers(all=True)
+        return Listing(
+            ours=tuple(_listed(c) for c in found if _managed(c) and c.get("Names")),
+            others=tuple(_listed(c) for c in found if not _managed(c)),
         )
+
+    def gpu_use(self, container_id: str) -> occupancy.GpuUse | None:
+        """The GPUs that a container which is not DS01's was promised; None: none, or it is gone."""
+        try:
+            with _errors(f"inspect {container_id}"):
+                return occupancy.gpu_use(self._client.inspect_container(container_id))
+        except _NotFoundError:
+            return None
 
     def container(self, name: str) -> Container | None:
         """One container by its exact name, with its last stop time."""
@@ -175,6 +196,16 @@ class Engine:
         """Unpack a tar archive at the container's root."""
         with _errors(f"write files into {name}"):
             self._client.put_archive(name, "/", archive)
+
+
+def _managed(raw: Mapping[str, Any]) -> bool:
+    return (raw.get("Labels") or {}).get(MANAGED) == "true"
+
+
+def _listed(raw: Mapping[str, Any]) -> Container:
+    """One entry of a list. A container loses its name a moment before it is gone: its id stands for it."""
+    name = raw["Names"][0].lstrip("/") if raw.get("Names") else raw["Id"][:12]
+    return Container(raw["Id"], name, raw["State"], raw["Image"], raw.get("Labels") or {})
 
 
 def _single_member(data: bytes) -> bytes | None:

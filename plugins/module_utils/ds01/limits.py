@@ -128,10 +128,15 @@ class GpuPolicy:
 
 @dataclass(frozen=True)
 class Policies:
-    """Rules of the house. `pending_timeout`: how long a grant waits for its container (None: for ever)."""
+    """Rules of the house. `pending_timeout`: how long a grant waits for its container (None: for ever).
+
+    `monitoring_containers` are names of containers outside DS01 that may see GPUs without counting as
+    their users, such as an exporter of metrics.
+    """
 
     reclaim_holds: str = "lower_priority"
     pending_timeout: timedelta | None = timedelta(minutes=10)
+    monitoring_containers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -319,6 +324,7 @@ def _given_aggregate(raw: RawLayer | None, path: str) -> RawLayer:
 
 def _policies(raw: RawLayer) -> Policies:
     known = dict(raw)
+    known["monitoring_containers"] = tuple(known.get("monitoring_containers") or ())
     if known.get("pending_timeout") is not None:
         known["pending_timeout"] = _checked("pending_timeout", known["pending_timeout"], "policies.pending_timeout")
     return Policies(**known)

@@ -7,7 +7,7 @@ does. Handles are read and dropped inside one call, for they do not survive a la
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -17,6 +17,8 @@ from .model import FULL, Device, Gpu, Inventory
 
 _MAX_GI_PROFILES = 64
 _MIB = 1024**2
+_NO_INSTANCE = 0xFFFFFFFF
+"""What NVML reports as the instance of a process that runs in none."""
 
 # NVML error codes that say "this GPU is gone"; every other GPU goes on being enumerated.
 _LOST_CODES = frozenset({15, 28, 999})
@@ -67,17 +69,57 @@ class Nvml:
         version = self._optional(self._n.nvmlSystemGetDriverVersion, "")
         return Inventory(tuple(gpus), tuple(devices), version)
 
+    def processes(self, inventory: Inventory) -> dict[str, tuple[int, ...]]:
+        """Device UUID -> pids of the compute processes on it, as the host numbers them; absent: none.
+
+        A process counts while it has a CUDA context. Graphics processes do not: a display server sits
+        on every GPU and computes nothing. Nor do those that only hold the GPU open, such as
+        nvidia-persistenced and DCGM. None are known of a GPU that is lost, or on a platform that
+        does not tell (some vGPU guests): refusing would close such a server for good. Everything
+        else that fails raises Ds01Error `driver_unavailable`, a caller who is not root among it.
+        """
+        found: dict[str, tuple[int, ...]] = {}
+        for gpu in inventory.gpus:
+            devices = [d for d in inventory.devices if d.gpu_uuid == gpu.uuid]
+            try:
+                found.update(self._processes(gpu.index, devices))
+            except self._n.NVMLError_NotSupported:
+                continue
+            except self._n.NVMLError as exc:
+                if not _lost(exc):
+                    raise _unreadable(gpu.index, exc) from None
+        return found
+
+    def _processes(self, index: int, devices: Sequence[Device]) -> dict[str, tuple[int, ...]]:
+        """Asked of the GPU once: in MIG mode it tells each process's instances to root."""
+        if not devices:
+            return {}
+        handle = self._n.nvmlDeviceGetHandleByIndex(index)
+        running = self._n.nvmlDeviceGetComputeRunningProcesses(handle)
+        found = {}
+        for device in devices if running else ():
+            here = running if device.is_full else self._inside(handle, device, running)
+            if here:
+                found[device.uuid] = tuple(sorted({process.pid for process in here}))
+        return found
+
+    def _inside(self, handle: Any, device: Device, running: Sequence[Any]) -> list[Any]:
+        """Those of a GPU's processes that run in a MIG device, or of which the driver does not say where."""
+        mig = self._n.nvmlDeviceGetMigDeviceHandleByIndex(handle, device.index[1])
+        gi, ci = self._n.nvmlDeviceGetGpuInstanceId(mig), self._n.nvmlDeviceGetComputeInstanceId(mig)
+        return [
+            process
+            for process in running
+            if process.gpuInstanceId in (gi, _NO_INSTANCE) and process.computeInstanceId in (ci, _NO_INSTANCE)
+        ]
+
     def _gpu(self, index: int) -> tuple[Gpu, list[Device]]:
         try:
             handle = self._n.nvmlDeviceGetHandleByIndex(index)
             return self._readable_gpu(index, handle)
         except self._n.NVMLError as exc:
-            if getattr(exc, "value", None) not in _LOST_CODES:
-                raise Ds01Error(
-                    "driver_unavailable",
-                    f"GPU {index} cannot be read: {exc}.",
-                    _INIT_HINTS.get(getattr(exc, "value", None), "nvidia-smi shows more."),
-                ) from None
+            if not _lost(exc):
+                raise _unreadable(index, exc) from None
             reason = f"the driver lost this GPU ({exc})"
             return Gpu(index, "", "unknown", index, False, 0, "lost", reason), []
 
@@ -168,6 +210,15 @@ class Nvml:
             return default
         except self._n.NVMLError_FunctionNotFound:
             return default
+
+
+def _lost(exc: Exception) -> bool:
+    return getattr(exc, "value", None) in _LOST_CODES
+
+
+def _unreadable(index: int, exc: Exception) -> Ds01Error:
+    hint = _INIT_HINTS.get(getattr(exc, "value", None), "nvidia-smi shows more.")
+    return Ds01Error("driver_unavailable", f"GPU {index} cannot be read: {exc}.", hint)
 
 
 def _profile_name(name: str | bytes) -> str:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from . import engine, nvml
+from . import claims, engine, nvml, occupancy, processes
 from .lifecycle import Seen
 from .model import Inventory, Ledger
+from .occupancy import GpuUse
 from .transitions import Change
 
 _NO_GPUS = Inventory((), ())
@@ -41,20 +43,29 @@ class Observation:
 
 
 class Observer:
-    """Looks at the host; `get_engine` connects when first needed."""
+    """Looks at the host; `get_engine` connects when first needed, `metadata` holds containers' records."""
 
-    def __init__(self, get_engine: Callable[[], engine.Engine]) -> None:
+    def __init__(self, get_engine: Callable[[], engine.Engine], metadata: Path) -> None:
         self._engine = get_engine
+        self._metadata = metadata
+        self._uses: dict[str, GpuUse | None] = {}
 
-    def look(self, now: Ledger, driver: nvml.Nvml | None, stopping: Collection[str] = ()) -> Observation:
-        """The engine and the driver. `stopping` names containers whose stop is being reported."""
-        containers = self._engine().containers()
-        seen = {c.name: self._seen(c, now, c.name in stopping) for c in containers}
-        return Observation(driver.inventory() if driver else _NO_GPUS, containers, seen)
+    def look(
+        self, now: Ledger, driver: nvml.Nvml | None, *, stopping: Collection[str] = (), harmless: Collection[str] = ()
+    ) -> Observation:
+        """The engine and the driver. `stopping` names containers whose stop is being reported, `harmless`
+        those outside DS01 that may see GPUs without using them."""
+        listing = self._engine().listing()
+        seen = {c.name: self._seen(c, now, c.name in stopping) for c in listing.ours}
+        if driver is None:
+            return Observation(containers=listing.ours, seen=seen)
+        foreign = [c for c in listing.others if c.status in engine.RUNNING and c.name not in harmless]
+        uses = [*map(self._use, foreign), *(self._leftover(c) for c in listing.ours if _unallocated(c, now))]
+        return _with_devices(driver, Observation(containers=listing.ours, seen=seen), [use for use in uses if use])
 
     def without_engine(self, driver: nvml.Nvml | None) -> Observation:
         """The driver alone."""
-        return Observation(driver.inventory() if driver else _NO_GPUS)
+        return _with_devices(driver, Observation(), []) if driver else Observation()
 
     def _seen(self, container: engine.Container, now: Ledger, stopping: bool) -> Seen:
         """One container; when it stopped is asked for only where the ledger does not know it."""
@@ -63,3 +74,24 @@ class Observer:
         if stopped and (stopping or (allocation and allocation.status != "held")):
             container = self._engine().container(container.name) or container
         return Seen(container.id, container.status in engine.RUNNING, stopped, container.finished_at)
+
+    def _use(self, container: engine.Container) -> GpuUse | None:
+        """What a container outside DS01 was promised at its creation; that never changes, so it is asked once."""
+        if container.id not in self._uses:
+            self._uses[container.id] = self._engine().gpu_use(container.id)
+        return self._uses[container.id]
+
+    def _leftover(self, container: engine.Container) -> GpuUse:
+        """One of DS01's that runs without an allocation: it has what it was last given."""
+        devices = claims.recorded_devices(container, self._metadata)
+        return GpuUse(container.name, names=tuple(d.uuid for d in devices), how="without an allocation")
+
+
+def _unallocated(container: engine.Container, now: Ledger) -> bool:
+    return container.status in engine.RUNNING and container.gpus > 0 and container.name not in now.allocations
+
+
+def _with_devices(driver: nvml.Nvml, seen: Observation, uses: Sequence[GpuUse]) -> Observation:
+    inventory = driver.inventory()
+    occupied = occupancy.occupied(inventory, uses, driver.processes(inventory), processes.describe)
+    return replace(seen, inventory=inventory, occupied=occupied)
