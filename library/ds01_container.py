@@ -93,6 +93,17 @@ options:
     type: str
     choices: [never, on_change, always]
     default: never
+  wait:
+    description:
+      - Seconds to wait for devices where none is free, before the start. Requests are served by priority, then by age.
+    type: int
+    default: 0
+  reuse_held:
+    description:
+      - Gives up what the user's own stopped containers hold, where the start is not possible otherwise. These
+        containers stay, and get another device when they are started again.
+    type: bool
+    default: false
   containers:
     description:
       - Several containers in one call. Each takes the options above. Exclusive with O(project).
@@ -157,6 +168,14 @@ options:
         type: str
         choices: [never, on_change, always]
         default: never
+      wait:
+        description: As O(wait).
+        type: int
+        default: 0
+      reuse_held:
+        description: As O(reuse_held).
+        type: bool
+        default: false
 extends_documentation_fragment:
   - ds01
 seealso:
@@ -222,6 +241,8 @@ results:
   elements: dict
 """
 
+from datetime import timedelta
+
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.ds01.allocations import Allocations
 from ansible.module_utils.ds01.container_spec import ContainerRequest
@@ -245,6 +266,8 @@ ITEM = {
     "network_mode": {"type": "str", "choices": ["bridge", "none", "host"], "default": "bridge"},
     "stop_timeout": {"type": "int", "default": DEFAULT_STOP_TIMEOUT},
     "recreate": {"type": "str", "choices": list(RECREATE), "default": "never"},
+    "wait": {"type": "int", "default": 0},
+    "reuse_held": {"type": "bool", "default": False},
 }
 ARGUMENT_SPEC = {
     **ITEM,
@@ -258,8 +281,8 @@ ARGUMENT_SPEC = {
 
 def to_wish(item: dict, allocations: Allocations) -> Wish:
     """The wish that one item's options express."""
-    if item["gpus"] < 0 or item["stop_timeout"] < 0:
-        raise invalid_input("gpus and stop_timeout must not be negative.")
+    if min(item["gpus"], item["stop_timeout"], item["wait"]) < 0:
+        raise invalid_input("gpus, stop_timeout and wait must not be negative.")
     name = allocations.name(item["project"], item["user"])
     request = None
     if item["image"]:
@@ -275,7 +298,15 @@ def to_wish(item: dict, allocations: Allocations) -> Wish:
             command=item["command"],
             network_mode=item["network_mode"],
         )
-    return Wish(item["state"], name, request, item["stop_timeout"], item["recreate"])
+    return Wish(
+        item["state"],
+        name,
+        request,
+        item["stop_timeout"],
+        item["recreate"],
+        timedelta(seconds=item["wait"]),
+        item["reuse_held"],
+    )
 
 
 def to_diff(report: Report) -> dict:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,10 +12,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
-from ds01 import nvml
+from ds01 import nvml, processes, waiting
 from ds01.allocations import Allocations
 from ds01.errors import Ds01Error
-from ds01.model import Inventory
+from ds01.model import Inventory, Process, Ticket
 from ds01.names import ContainerName
 from ds01.paths import Paths
 from ds01.transitions import Change
@@ -293,3 +295,159 @@ def test_the_paths_of_a_host(host: Host) -> None:
     assert installed.ledger == Path("/var/lib/ds01/gpu-state.json")
     assert installed.events == Path("/var/log/ds01/events.jsonl")
     assert installed.cdi == Path("/var/run/cdi")
+
+
+# --- waiting
+
+
+def ticket(until: timedelta = timedelta(minutes=10), process: Process | None = None) -> Ticket:
+    return Ticket(NOW, NOW + until, process or processes.current())
+
+
+DEAD = Process(2**22 + 1, 1)
+
+
+def fill(ds01: Allocations) -> None:
+    """All six MIG devices are taken, two each."""
+    assert all(o.ok for o in ds01.apply([change("allocated", f"u{n}", gpus=2) for n in range(3)]))
+
+
+def ticking() -> Callable[[], datetime]:
+    """A clock that goes, from the tests' own time on."""
+    began = time.monotonic()
+    return lambda: NOW + timedelta(seconds=time.monotonic() - began)
+
+
+def queue_of(ds01: Allocations) -> list[str]:
+    return [row["user"] for row in ds01.status()["queue"]]
+
+
+def test_who_waits_is_served_in_turn_and_nobody_overtakes(ds01: Allocations) -> None:
+    fill(ds01)
+    waiting = [change("allocated", user, ticket=ticket()) for user in ("carol", "dan")]
+    assert [o.position for o in ds01.apply(waiting)] == [1, 2]
+    assert queue_of(ds01) == ["carol", "dan"]
+    ds01.apply([change("released", "u0")])
+    ds01.apply([change("allocated", "dan", "q")])
+    ds01.apply([change("released", "dan", "q")])
+    (late,) = ds01.apply([change("allocated", "eve", gpus=1)])
+    assert (late.reason, "kept for requests that wait" in late.message) == ("no_gpu_available", True)
+    assert [o.reason for o in ds01.apply(list(reversed(waiting)))] == ["granted", "granted"]
+    assert queue_of(ds01) == []
+
+
+def test_whoever_waits_with_a_higher_priority_is_served_first(ds01: Allocations) -> None:
+    fill(ds01)
+    low = change("allocated", "carol", ticket=ticket())
+    high = change("allocated", "dan", ticket=ticket(), priority=90, may_raise=True)
+    ds01.apply([low, high])
+    assert queue_of(ds01) == ["dan", "carol"]
+    ds01.apply([change("released", "u0"), change("allocated", "u0", "other", priority=90, may_raise=True)])
+    assert [o.ok for o in ds01.apply([low, high])] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "gone", [ticket(process=DEAD), ticket(timedelta())], ids=["its process died", "its time is over"]
+)
+def test_a_dead_waiter_drops_out(gone: Ticket, ds01: Allocations, clock: list[datetime]) -> None:
+    fill(ds01)
+    ds01.apply([change("allocated", "carol", ticket=replace(gone, until=NOW + timedelta(seconds=5)))])
+    clock[0] += timedelta(seconds=0 if gone.process == DEAD else 5)
+    assert queue_of(ds01) == []
+    ds01.apply([change("released", "u0")])
+    assert ds01.apply([change("allocated", "eve", gpus=2)])[0].ok
+
+
+def test_a_refusal_that_waiting_would_not_change_is_given_at_once(ds01: Allocations) -> None:
+    (outcome,) = ds01.apply([change("allocated", "carol", gpus=3, ticket=ticket())])
+    assert (outcome.reason, outcome.waiter) == ("container_limit", None)
+    assert queue_of(ds01) == []
+
+
+def test_waiting_on_writes_nothing_and_is_said_once(ds01: Allocations, host: Host) -> None:
+    fill(ds01)
+    waiting = [change("allocated", "carol", ticket=ticket())]
+    ds01.apply(waiting)
+    before = host.tree()
+    ds01.apply(waiting)
+    assert host.tree() == before
+    events = [json.loads(line)["event"] for line in host.events.read_text(encoding="utf-8").splitlines()]
+    assert events.count("gpu.queued") == 1
+
+
+def test_waiting_ends_with_a_grant_when_somebody_releases(ds01: Allocations) -> None:
+    fill(ds01)
+    said: list[str] = []
+    ds01.clock = ticking()
+    releasing = threading.Timer(0.4, lambda: Allocations(ds01.paths).apply([change("released", "u1")]))
+    releasing.start()
+    (outcome,) = waiting.apply(ds01, [change("allocated", "carol", wait=timedelta(seconds=30))], said.append)
+    releasing.join()
+    assert outcome.reason == "granted"
+    assert said[0].startswith("p._.carol waits at position 1, until")
+    assert ds01.store.read().queue == ()
+
+
+def test_waiting_ends_with_a_refusal_when_its_time_is_over(ds01: Allocations) -> None:
+    fill(ds01)
+    ds01.clock = ticking()
+    (outcome,) = waiting.apply(ds01, [change("allocated", "carol", wait=timedelta(seconds=1))])
+    assert (outcome.reason, "It waited since" in outcome.message) == ("no_gpu_available", True)
+    assert ds01.store.read().queue == ()
+
+
+def test_who_is_interrupted_waits_no_more(ds01: Allocations) -> None:
+    fill(ds01)
+    ds01.clock = ticking()
+
+    def interrupt(_: str) -> None:
+        assert queue_of(ds01) == ["carol"]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        waiting.apply(ds01, [change("allocated", "carol", wait=timedelta(seconds=9))], interrupt)
+    assert ds01.store.read().queue == ()
+
+
+# --- takeover, boots, and what DS01 does not manage
+
+
+def test_a_hold_that_is_taken_over_leaves_ledger_and_cdi_at_once(ds01: Allocations, host: Host) -> None:
+    fill(ds01)
+    ds01.apply([change("held", "u1")])
+    (outcome,) = ds01.apply([change("allocated", "boss", gpus=2, priority=90, may_raise=True)])
+    assert [a.container for a in outcome.given_up] == ["p._.u1"]
+    assert set(ledger_says(host)) == {"p._.u0", "p._.u2", "p._.boss"}
+    assert projections(host) == ledger_says(host)
+    events = [json.loads(line) for line in host.events.read_text(encoding="utf-8").splitlines()]
+    reclaimed = next(e for e in events if e["event"] == "gpu.reclaimed")
+    assert (reclaimed["user"], reclaimed["container"]) == ("u1", "p._.u1")
+
+
+def test_a_device_with_a_foreign_process_is_not_granted_and_the_refusal_says_so(
+    ds01: Allocations, driver: Driver
+) -> None:
+    driver.busy = {d.uuid: (1,) for d in INVENTORY.devices}
+    (outcome,) = ds01.apply([change("allocated", "alice")])
+    assert outcome.reason == "no_gpu_available"
+    assert "0:0 is used by process 1 (" in outcome.message
+    driver.busy = {"MIG-0-0": (1,)}
+    (outcome,) = ds01.apply([change("allocated", "alice")])
+    assert outcome.allocation is not None
+    assert outcome.allocation.gpu_id == "0:1"
+
+
+def test_after_a_reboot_everybody_is_projected_and_only_then(
+    ds01: Allocations, host: Host, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ds01.apply([change("allocated", "alice"), change("allocated", "bob"), change("active", "bob")])
+    first = ds01.store.read().boot_id
+    for file in host.cdi.glob("ds01-*.json"):
+        file.unlink()  # /var/run is a tmpfs
+    monkeypatch.setattr(processes, "boot_id", lambda: "the next boot")
+    ds01.apply([change("held", "bob")])
+    assert (projections(host), ds01.store.read().boot_id) == ({}, first)
+    ds01.apply([change("allocated", "carol")])
+    assert ds01.store.read().boot_id == "the next boot"
+    assert projections(host) == ledger_says(host)
+    assert set(projections(host)) == {"p._.alice", "p._.bob", "p._.carol"}

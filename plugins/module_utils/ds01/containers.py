@@ -114,7 +114,9 @@ def steps(wish: Wish, status: str | None, differs: bool) -> tuple[str, ...]:
     if status == "removing":
         raise Ds01Error("container_busy", f"{wish.name.full} is being removed.", "Try again in a moment.")
     if status and wish.request and (wish.recreate == "always" or (wish.recreate == "on_change" and differs)):
-        return ("remove", *steps(wish, None, False))
+        # Its devices first: where the new one could have none, the old one stays.
+        made = _steps_to_make(wish)
+        return tuple(step for step in ("allocate", "remove", "create", "start") if step in ("remove", *made))
     if status is None:
         return _steps_to_make(wish)
     return _steps_from(wish.state, status)
@@ -353,13 +355,13 @@ class Containers:
         """The allocation that this container needs: as requested, else as its labels say."""
         labels = plan.existing.labels if plan.existing else {}
         profile = wish.request.profile if wish.request else labels.get("ds01.profile") or None
-        startable = plan.existing is None or plan.existing.status not in engine.RUNNING
+        startable = "create" in plan.steps or (plan.existing and plan.existing.status not in engine.RUNNING)
         return Change(
             "allocated",
             wish.name,
             gpus=_gpus(wish, plan),
             profile=profile,
-            startable=startable,
+            startable=bool(startable),
             wait=wish.wait,
             reuse_held=wish.reuse_held,
         )

@@ -223,7 +223,9 @@ def _none_left(request: Request, wish: str, seen: _Seen, limits: Limits, situati
     return Refusal(
         "no_gpu_available",
         f"No {what} is free: {_in_the_way(seen, situation)}.",
-        f"The earliest hold or reservation ends at {units.format_time(min(ends))}." if ends else "Try again later.",
+        f"The earliest hold or reservation ends at {units.format_time(min(ends))}."
+        if ends
+        else "Try again later, or let it wait (--wait 10m).",
         min(ends, default=None),
         retry=True,
     )

@@ -287,8 +287,10 @@ def _refused_or_waiting(
 ) -> Outcome:
     ticket = change.ticket
     outcome = replace(refused(change.name, refusal, current), ticket=ticket, position=ahead + 1)
-    if ticket is None or not refusal.retry or situation.now >= ticket.until:
+    if ticket is None or not refusal.retry:
         return outcome
+    if situation.now >= ticket.until:
+        return replace(outcome, message=f"{outcome.message} It waited since {units.format_time(ticket.since)}.")
     known = any(w.request.container == request.container for w in situation.queue)
     return replace(outcome, waiter=Waiter(request, limits.priority, limits.max_gpus, ticket), joined=not known)
 

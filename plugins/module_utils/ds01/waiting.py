@@ -80,5 +80,6 @@ def _until_something_changes(allocations: Allocations, outcomes: Sequence[Outcom
 
 def _prospect(outcome: Outcome) -> str:
     """Where a request stands, for whoever waits."""
-    until = f"; giving up at {units.format_time(outcome.ticket.until)}" if outcome.ticket else ""
-    return f"{outcome.name.full} waits at position {outcome.position}: {outcome.message} {outcome.hint}".strip() + until
+    until = f", until {units.format_time(outcome.ticket.until)} at most" if outcome.ticket else ""
+    ends = f" The first in the way ends at {units.format_time(outcome.available_at)}." if outcome.available_at else ""
+    return f"{outcome.name.full} waits at position {outcome.position}{until}: {outcome.message}{ends}"
