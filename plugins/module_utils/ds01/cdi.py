@@ -29,6 +29,7 @@ class Cdi:
     def __init__(self, directory: Path, nvidia_directories: Sequence[Path]) -> None:
         self._directory = directory
         self._nvidia_directories = nvidia_directories
+        self._read: dict[Path, tuple[object, Mapping[str, Any]]] = {}
 
     def path(self, container: str) -> Path:
         return self._directory / f"ds01-{container}.json"
@@ -39,10 +40,19 @@ class Cdi:
             _check_readable(directory)
             for pattern in ("nvidia*.json", "nvidia*.yaml", "nvidia*.yml"):
                 for file in sorted(directory.glob(pattern)):
-                    spec = _read_spec(file)
+                    spec = self._spec(file)
                     if spec.get("kind") == NVIDIA_KIND:
                         return spec
         return None
+
+    def _spec(self, file: Path) -> Mapping[str, Any]:
+        """One spec file, parsed once as long as it stays the same: a request that waits asks again and again."""
+        found = file.stat() if file.exists() else None
+        stamp = (found.st_ino, found.st_mtime_ns, found.st_size) if found else None
+        known = self._read.get(file)
+        if known is None or known[0] != stamp:
+            known = self._read[file] = stamp, _read_spec(file)
+        return known[1]
 
     def problem(self, uuids: Iterable[str], spec: Mapping[str, Any] | None) -> str | None:
         """Why NVIDIA's spec cannot carry these devices, in a sentence; None when it can."""
@@ -58,7 +68,7 @@ class Cdi:
 
         `spec` holds every UUID (see `problem`). Raises OSError.
         """
-        content = json.dumps(_container_spec(container, uuids, spec), indent=1).encode() + b"\n"
+        content = json.dumps(_container_spec(container, uuids, spec)).encode() + b"\n"
         target = self.path(container)
         if self.content(container) == content:
             return False
