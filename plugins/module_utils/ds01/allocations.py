@@ -178,8 +178,11 @@ class Allocations:
             time = self.clock()
             kept = self.store.set_aside(time)
             before = self.store.read()
-            rebuilt = rebuild.rebuild(self._claims(), driver.inventory(), before.allocations)
-            Transaction(self.store, before).commit(replace(before, allocations=rebuilt.allocations), time)
+            inventory = driver.inventory()
+            rebuilt = rebuild.rebuild(self._claims(), inventory, resolved(before, inventory).allocations)
+            boot = processes.boot_id() if rebuilt.allocations else before.boot_id
+            after_ = replace(before, allocations=rebuilt.allocations, boot_id=boot)
+            Transaction(self.store, before).commit(after_, time)
             self._project(rebuilt.allocations.values(), self.cdi.nvidia_spec())
         restored = sorted(set(rebuilt.allocations) - set(before.allocations))
         if restored or rebuilt.problems or kept:  # a new server has no ledger either, and lost none

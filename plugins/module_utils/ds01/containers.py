@@ -31,6 +31,7 @@ from . import (
 from .allocations import Allocations, other_containers
 from .container_spec import ContainerRequest, ImageFiles
 from .errors import Ds01Error
+from .model import Device
 from .transitions import Change, Outcome, describe
 
 STATES = ("present", "started", "stopped", "restarted", "absent")
@@ -240,16 +241,16 @@ class Containers:
         user_limits = self._allocations.limits(wish.name.user)
         workspace.ensure(self._workspace(request, account), account)
         with self._allocations.store.transaction() as transaction:
-            # Counted and made under one lock: two requests at once cannot both be the last allowed one.
             others = other_containers(wish.name, self._engine.containers(), transaction.ledger)
             refusal = placement.containers_allowed(user_limits, others)
             if refusal:
                 raise Ds01Error(refusal.reason, refusal.message, refusal.hint)
             has = transaction.ledger.allocations.get(wish.name.full)
-            devices = [records.device_record(d) for d in has.devices] if has else []
-            stamped = container_spec.stamped(spec, self._allocations.clock(), devices)
-            container_id = self._engine.create(wish.name.full, stamped)
-            undo.callback(self._engine.remove, wish.name.full)
+            if has is None:
+                # Counted and made under one lock: two requests at once cannot both be the last allowed one.
+                container_id = self._make(wish.name, spec, (), undo)
+        if has:  # the ledger counts it already
+            container_id = self._make(wish.name, spec, has.devices, undo)
         self._first_start(request, account)
         undo.callback(self._metadata_path(wish.name).unlink, missing_ok=True)
         metadata = container_spec.metadata(request, user_limits, container_id, self._allocations.clock())
@@ -257,6 +258,18 @@ class Containers:
         self._note_devices(wish.name)
         self._event("container.created", wish.name, image=request.image)
         return True
+
+    def _make(
+        self,
+        name: names.ContainerName,
+        spec: dict[str, Any],
+        devices: Sequence[Device],
+        undo: contextlib.ExitStack,
+    ) -> str:
+        stamp = [records.device_record(device) for device in devices]
+        container_id = self._engine.create(name.full, container_spec.stamped(spec, self._allocations.clock(), stamp))
+        undo.callback(self._engine.remove, name.full)
+        return container_id
 
     def _start(self, wish: Wish, _plan: _Plan, _undo: contextlib.ExitStack) -> bool:
         self._engine.start(wish.name.full)
