@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from typing import NoReturn
 
 import pytest
 from ds01.cli import main
+from ds01.errors import Ds01Error
 from support import ROOT, Host
 
 LIMITS = """
@@ -172,6 +174,61 @@ def test_config_check(limits: Host, capsys: pytest.CaptureFixture[str]) -> None:
     shipped = ROOT / "config" / "resource-limits.yaml"
     code, out, _ = run(capsys, "config", "check", str(shipped), "--json")
     assert (code, json.loads(out)["groups"]) == (0, ["student", "researcher"])
+
+
+def test_config_check_says_what_to_look_at_and_what_it_could_not_see(
+    limits: Host, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ds01.nvml.session", no_driver)
+    limits.limits(
+        "defaults: {max_gpus: 99}\ngroups: {r: {members: [alice, nobody-knows]}, s: {members: [alice]}, t: }\n"
+    )
+    lines = [
+        "groups.s.members: alice is in r too, which stands first in the file and counts.",
+        "groups.t.members: nobody is in this group: list them here or in groups/t.members.",
+    ]
+    code, out, err = run(capsys, "config", "check")
+    assert (code, out.splitlines()) == (0, [f"{limits.config}: valid (3 groups, 0 user overrides).", *lines])
+    assert err == "Not compared with hardware and users: The driver sleeps.\n"
+
+    code, out, err = run(capsys, "config", "check", "--strict")
+    assert (code, out.splitlines()[1:]) == (1, lines)
+    assert f"ds01: findings: {limits.config}: 2 to look at" in err
+
+    code, out, _ = run(capsys, "config", "check", "--json", "--strict")
+    document = json.loads(out)
+    assert (code, document["not_checked"]) == (1, "The driver sleeps.")
+    assert [f"{finding['path']}: {finding['message']}" for finding in document["findings"]] == lines
+
+
+def no_driver() -> NoReturn:
+    raise Ds01Error("driver_unavailable", "The driver sleeps.", "Wake it.")
+
+
+def test_config_check_without_findings_is_strict_enough(limits: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "config", "check", "--strict")[0] == 0
+    assert json.loads(run(capsys, "config", "check", "--json")[1])["findings"] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("groups: {r: {members: [a], memory: 8g, memory_swap: 4g}}", "groups.r"),
+        ("groups: {r: {members: [a]}, s: {memory: 8g, memory_swap: 4g}}", "groups.s"),
+        ("defaults: {memory: 8g, memory_swap: 4g}", "defaults"),
+        ("groups: {r: {members: [a, b]}}\nuser_overrides: {b: {memory: 8g, memory_swap: 4g}}", "user_overrides.b"),
+        ("groups: {r: {members: [a, b]}}\nuser_overrides: {b: {memory: 8g}, c: {memory_swap: 4g}}", "user_overrides.c"),
+        ("groups: {r: {aggregate: {memory_max: 8g, memory_high: 9g}}}", "groups.r"),
+    ],
+    ids=["a group", "one without members", "nobody's but the default group's", "a later member", "nobody's", "a slice"],
+)
+def test_config_check_resolves_everybody(
+    text: str, place: str, limits: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits.limits(f"{text}\n")
+    code, out, err = run(capsys, "config", "check")
+    assert (code, out) == (2, "")
+    assert f"config_invalid: {place}: memory" in err
 
 
 def test_config_check_of_a_bad_file(limits: Host, capsys: pytest.CaptureFixture[str]) -> None:

@@ -456,6 +456,30 @@ def test_query_lists_users_beside_their_limits_and_gpus_with_what_is_taken(serve
     assert "alice" in server.ds01("query", "users").out
 
 
+def test_config_check_compares_the_file_with_the_server(server: Server) -> None:
+    file = server.host.root / "another.yaml"
+    file.write_text(
+        "defaults: {max_gpus: 2}\n"
+        "groups:\n"
+        "  r: {members: [root], max_mig_instances: 10}\n"
+        "  many: {members: [daemon, no-such-user], max_gpu_equivalents: 18/7}\n"
+        "user_overrides:\n"
+        "  root: {reserved_gpus: ['9'], reservation_start: '2025-01-01', reservation_end: '2999-01-01'}\n"
+        "gpu_allocation: {mig_profile: 3g.40gb}\n",
+        encoding="utf-8",
+    )
+    checked = server.ds01("config", "check", str(file), "--json")
+    assert (checked.code, checked.json["not_checked"], checked.err) == (0, None, "")
+    assert {finding["path"]: finding["message"] for finding in checked.json["findings"]} == {
+        "groups.r.max_mig_instances": "max_gpus is 10, but this server has 9 MIG devices; allow_full_gpu is false.",
+        "groups.many.members": "not a login name of this server: no-such-user.",
+        "user_overrides.root.reserved_gpus": "this server has no 9; see: ds01 status.",
+        "gpu_allocation.mig_profile": "this server has no 3g.40gb device; it has: 2g.20gb, full.",
+    }
+    shown = server.ds01("config", "check", str(file), "--strict")
+    assert (shown.code, len(shown.out.splitlines()), "findings" in shown.err) == (1, 5, True)
+
+
 def test_events_are_shown_for_people_and_line_by_line_for_programs(server: Server) -> None:
     assert server.ds01("events").out == "", "no log yet is no error"
     server.allocate("alice", "a")

@@ -23,3 +23,9 @@ def lookup(name_or_uid: str) -> Account | None:
     with contextlib.suppress(KeyError):
         group = grp.getgrgid(entry.pw_gid).gr_name
     return Account(entry.pw_name, entry.pw_uid, entry.pw_gid, entry.pw_dir, entry.pw_shell or "/bin/sh", group)
+
+
+def is_login_name(name: str) -> bool:
+    """Whether this host has that login name. A uid in digits is none: limits know users by name."""
+    account = lookup(name)
+    return account is not None and account.name == name

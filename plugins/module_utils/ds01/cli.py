@@ -11,14 +11,17 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from . import config, overview, terminal, units, waiting
+from . import accounts, config, nvml, overview, terminal, units, waiting
 from .allocations import Allocations
-from .errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_UNAVAILABLE, Ds01Error, exit_code
-from .limits import as_dict, resolve
+from .errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_REFUSED, EXIT_UNAVAILABLE, Ds01Error, exit_code
+from .limits import as_dict, resolve_all
+from .lint import lint
+from .model import Inventory
 from .paths import Paths
 from .transitions import Change, Outcome, describe
 
@@ -138,14 +141,32 @@ def _cmd_events(args: argparse.Namespace, ds01: Allocations) -> int:
 def _cmd_config_check(args: argparse.Namespace, ds01: Allocations) -> int:
     path = args.file or ds01.paths.config
     checked = config.load(Path(path))
-    for user in (*(group.members[0] for group in checked.groups.values() if group.members), *checked.overrides):
-        resolve(checked, user)
-    summary = {"file": str(path), "groups": list(checked.groups), "overrides": list(checked.overrides)}
+    resolve_all(checked)
+    inventory, not_checked = _this_server()
+    findings = lint(checked, ds01.clock(), inventory, accounts.is_login_name if inventory else None)
     if args.json:
-        _print_json(summary)
+        counted = {"groups": list(checked.groups), "overrides": list(checked.overrides)}
+        found = [asdict(finding) for finding in findings]
+        _print_json({"file": str(path), **counted, "findings": found, "not_checked": not_checked})
     else:
         print(f"{path}: valid ({len(checked.groups)} groups, {len(checked.overrides)} user overrides).")
+        for finding in findings:
+            print(f"{finding.path}: {finding.message}")
+        if not_checked:
+            print(f"Not compared with hardware and users: {not_checked}", file=sys.stderr)
+    if findings and args.strict:
+        _complain("findings", f"{path}: {len(findings)} to look at, and --strict allows none.")
+        return EXIT_REFUSED
     return EXIT_OK
+
+
+def _this_server() -> tuple[Inventory | None, str | None]:
+    """What this GPU server has; on another machine None, and why there is nothing to compare with."""
+    try:
+        with nvml.session() as driver:
+            return driver.inventory(), None
+    except Ds01Error as exc:
+        return None, exc.message
 
 
 def _cmd_rebuild(args: argparse.Namespace, ds01: Allocations) -> int:
@@ -286,11 +307,12 @@ def _parser() -> argparse.ArgumentParser:
     check = add(
         "check",
         _cmd_config_check,
-        "Check the limits file.",
+        "Check the limits file, on a GPU server also against its devices and users.",
         "ds01 config check config/resource-limits.yaml",
         actions.add_subparsers(dest="action", required=True, metavar="ACTION"),
     )
     check.add_argument("file", nargs="?", help="default: the one in force")
+    check.add_argument("--strict", action="store_true", help="exit 1 when there is anything to look at")
     return parser
 
 

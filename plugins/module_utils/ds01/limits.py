@@ -167,6 +167,13 @@ class Config:
     gpu: GpuPolicy
     policies: Policies
     containers: ContainerDefaults
+    written: Mapping[str, str] = field(default_factory=dict)
+    """Where the file uses an old name: `defaults.max_gpus` -> `defaults.max_mig_instances`."""
+
+    @property
+    def all_groups(self) -> tuple[str, ...]:
+        """The groups that somebody may be in: the file's, and the default group, which needs no entry."""
+        return tuple(dict.fromkeys([*self.groups, self.default_group]))
 
     @cached_property
     def _groups_by_member(self) -> Mapping[str, str]:
@@ -249,6 +256,16 @@ def _layer(raw: RawLayer | None, path: str) -> RawLayer:
         # Set beside a memory limit, swap goes with it; a lower layer's swap would contradict it.
         layer.setdefault("memory_swap", layer["memory"])
     return layer
+
+
+def _written(layers: Mapping[str, RawLayer | None]) -> dict[str, str]:
+    """Each limit under an old name: its path under the name that counts -> its path in the file."""
+    return {
+        f"{place}.{_ALIASES.get(key) or _SUFFIXES[key][0]}": f"{place}.{key}"
+        for place, raw in layers.items()
+        for key in raw or {}
+        if key in _ALIASES or key in _SUFFIXES
+    }
 
 
 def _checked(name: str, value: Any, path: str) -> Any:
@@ -366,6 +383,13 @@ def parse_config(document: Mapping[str, Any], members: Mapping[str, tuple[str, .
         containers=ContainerDefaults(
             **{k: tuple(v) if k == "allowed_mounts" else v for k, v in containers.items() if v is not None}
         ),
+        written=_written(
+            {
+                "defaults": document.get("defaults"),
+                **{f"groups.{name}": raw for name, raw in groups.items()},
+                **{f"user_overrides.{user}": raw for user, raw in overrides.items()},
+            }
+        ),
     )
 
 
@@ -390,13 +414,26 @@ def _aggregate(layer: RawLayer, explicit: RawLayer) -> Aggregate:
 
 def resolve(config: Config, user: str) -> Limits:
     """One user's limits, layered key by key."""
-    group = config.group_of(user)
+    return _resolved(config, config.group_of(user), user, f"limits of {user}")
+
+
+def resolve_all(config: Config) -> None:
+    """Make sure that every group's and every override's limits fit together, whoever is in it.
+
+    Raises Ds01Error `config_invalid` with their place in the file.
+    """
+    for group in config.all_groups:
+        _resolved(config, group, "", f"groups.{group}" if group in config.groups else "defaults")
+    for user in config.overrides:
+        _resolved(config, config.group_of(user), user, f"user_overrides.{user}")
+
+
+def _resolved(config: Config, group: str, user: str, where: str) -> Limits:
     known = config.groups.get(group)
-    defaults, of_group, of_user = config.layers_of(user)
-    layer = {**defaults, **of_group, **of_user}
+    layer = {**config.defaults, **(known.layer if known else {}), **config.overrides.get(user, {})}
     explicit = {**(known.aggregate if known else {}), **config.override_aggregates.get(user, {})}
     resolved = Limits(user=user, group=group, aggregate=_aggregate(layer, explicit), **layer)
-    _consistent(resolved)
+    _consistent(resolved, where)
     return resolved
 
 
@@ -408,14 +445,14 @@ def gpu_hold(config: Config, user: str) -> timedelta | None:
     return next(x["gpu_hold_after_stop"] for x in reversed(config.layers_of(user)) if "gpu_hold_after_stop" in x)
 
 
-def _consistent(limits: Limits) -> None:
+def _consistent(limits: Limits, where: str) -> None:
     """Limits that contradict each other would fail at the engine, or limit nothing."""
     for low, low_name, high, high_name in (
         (limits.memory, "memory", limits.memory_swap, "memory_swap (memory and swap together)"),
         (limits.aggregate.memory_high, "memory_high", limits.aggregate.memory_max, "memory_max"),
     ):
         if low and high and units.parse_size(low) > units.parse_size(high):
-            raise _bad(f"limits of {limits.user}", f"{low_name} is {low}, more than {high_name}, which is {high}")
+            raise _bad(where, f"{low_name} is {low}, more than {high_name}, which is {high}")
 
 
 def group_aggregate(config: Config, group: str) -> Aggregate:
@@ -431,8 +468,7 @@ def slice_dropins(config: Config) -> dict[str, dict[str, str]]:
     systemd applies `ds01-<group>-.slice.d/` to every user slice of the group, so a new user needs
     no file and no daemon-reload.
     """
-    groups = dict.fromkeys([*config.groups, config.default_group])
-    dropins = {names.group_dropin_dir(g): group_aggregate(config, g).properties() for g in groups}
+    dropins = {names.group_dropin_dir(g): group_aggregate(config, g).properties() for g in config.all_groups}
     for user in config.overrides:
         limits = resolve(config, user)
         group = group_aggregate(config, limits.group)
