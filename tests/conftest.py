@@ -22,7 +22,8 @@ MODULE_UTILS = ROOT / "plugins" / "module_utils"
 
 # `import ds01` as on a host, and `import ansible.module_utils.ds01` as inside a shipped module.
 sys.path[:0] = [str(MODULE_UTILS), str(ROOT / "library"), str(ROOT / "tests" / "unit")]
-ansible.module_utils.__path__.append(str(MODULE_UTILS))
+# Before a package that the environment may link to: what is tested is this checkout.
+ansible.module_utils.__path__.insert(0, str(MODULE_UTILS))
 
 from support import Host  # noqa: E402 - found on the path above
 
