@@ -81,6 +81,18 @@ options:
     type: str
     choices: [bridge, none, host]
     default: bridge
+  limits:
+    description:
+      - Limits for the container below those of the user, with the keys of C(ds01 limits USER --json) or of the filter
+        P(ds01_limits#filter). C(max_cpus), C(memory), C(memory_swap), C(shm_size) and C(pids_limit) go into the
+        create call; C(memory_swap) follows C(memory) where only that is given.
+      - A key that is left out is as the limits file on the server says. Null is unlimited, and so allowed only where
+        the user's limit is null on the server too.
+      - They tighten and never loosen. A value beyond what the user may have on the server, an unknown key, or another
+        user's limits are refused with V(invalid_input). What concerns more than one container (C(max_gpus), the
+        slice, timeouts) is always the server's, and not read from here.
+    type: dict
+    default: {}
   stop_timeout:
     description:
       - Seconds between asking the container to stop and killing it.
@@ -159,6 +171,10 @@ options:
         type: str
         choices: [bridge, none, host]
         default: bridge
+      limits:
+        description: As O(limits).
+        type: dict
+        default: {}
       stop_timeout:
         description: As O(stop_timeout).
         type: int
@@ -195,6 +211,20 @@ EXAMPLES = r"""
   ds01_container:
     project: my-project._.alice
     state: stopped
+
+- name: A container with less than its user may have
+  ds01_container:
+    project: preprocessing
+    user: alice
+    image: ds01-alice/my-project:latest
+    limits: {max_cpus: 4, memory: 8g}
+
+- name: A container with the limits that the controller's file says, refused if the server's file allows less
+  ds01_container:
+    project: my-project
+    user: alice
+    image: ds01-alice/my-project:latest
+    limits: "{{ (playbook_dir ~ '/../config/resource-limits.yaml') | ds01_limits('alice') }}"
 
 - name: A course's containers, in one call
   ds01_container:
@@ -264,6 +294,7 @@ ITEM = {
     "ports": {"type": "list", "elements": "str", "default": []},
     "command": {"type": "list", "elements": "str", "default": []},
     "network_mode": {"type": "str", "choices": ["bridge", "none", "host"], "default": "bridge"},
+    "limits": {"type": "dict", "default": {}},
     "stop_timeout": {"type": "int", "default": DEFAULT_STOP_TIMEOUT},
     "recreate": {"type": "str", "choices": list(RECREATE), "default": "never"},
     "wait": {"type": "int", "default": 0},
@@ -297,6 +328,7 @@ def to_wish(item: dict, allocations: Allocations) -> Wish:
             ports=item["ports"],
             command=item["command"],
             network_mode=item["network_mode"],
+            limits=item["limits"],
         )
     return Wish(
         item["state"],

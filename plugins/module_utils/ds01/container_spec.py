@@ -36,7 +36,10 @@ _OWNED_LABELS = ("ds01.", "aime.mlc", "DS01_", "CUSTOM_IMAGE")
 
 @dataclass(frozen=True)
 class ContainerRequest:
-    """One container as it is asked for. `mounts` are `source:target[:ro]`, `ports` `[ip:]host:container`."""
+    """One container as it is asked for. `mounts` are `source:target[:ro]`, `ports` `[ip:]host:container`.
+
+    `limits` may tighten those that the user has on this host (`tighten`).
+    """
 
     name: names.ContainerName
     image: str
@@ -48,6 +51,7 @@ class ContainerRequest:
     ports: Sequence[str] = ()
     command: Sequence[str] = ()
     network_mode: str = "bridge"
+    limits: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

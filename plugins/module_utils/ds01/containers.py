@@ -31,7 +31,9 @@ from . import (
 from .allocations import Allocations, other_containers
 from .container_spec import ContainerRequest, ImageFiles
 from .errors import Ds01Error
+from .limits import Limits
 from .model import Device
+from .tighten import tightened
 from .transitions import Change, Outcome, describe
 
 STATES = ("present", "started", "stopped", "restarted", "absent")
@@ -238,7 +240,7 @@ class Containers:
         if request is None or spec is None:
             raise AssertionError("a container is only ever made from a request")
         account = _account(wish.name)
-        user_limits = self._allocations.limits(wish.name.user)
+        user_limits = self._limits(request)
         workspace.ensure(self._workspace(request, account), account)
         with self._allocations.store.transaction() as transaction:
             others = other_containers(wish.name, self._engine.containers(), transaction.ledger)
@@ -353,12 +355,15 @@ class Containers:
         return container_spec.body(
             request,
             account,
-            self._allocations.limits(request.name.user),
+            self._limits(request),
             defaults,
             [workspace.mount(place, container_spec.WORKSPACE), *mounts],
             image.labels,
             confinement.memlock(),
         )
+
+    def _limits(self, request: ContainerRequest) -> Limits:
+        return tightened(self._allocations.limits(request.name.user), request.limits)
 
     def _workspace(self, request: ContainerRequest, account: names.Account) -> str:
         template = self._allocations.config.containers.workspace

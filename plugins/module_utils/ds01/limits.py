@@ -433,7 +433,7 @@ def _resolved(config: Config, group: str, user: str, where: str) -> Limits:
     layer = {**config.defaults, **(known.layer if known else {}), **config.overrides.get(user, {})}
     explicit = {**(known.aggregate if known else {}), **config.override_aggregates.get(user, {})}
     resolved = Limits(user=user, group=group, aggregate=_aggregate(layer, explicit), **layer)
-    _consistent(resolved, where)
+    check_consistent(resolved, where)
     return resolved
 
 
@@ -445,8 +445,11 @@ def gpu_hold(config: Config, user: str) -> timedelta | None:
     return next(x["gpu_hold_after_stop"] for x in reversed(config.layers_of(user)) if "gpu_hold_after_stop" in x)
 
 
-def _consistent(limits: Limits, where: str) -> None:
-    """Limits that contradict each other would fail at the engine, or limit nothing."""
+def check_consistent(limits: Limits, where: str) -> None:
+    """Limits that contradict each other would fail at the engine, or limit nothing.
+
+    Raises Ds01Error `config_invalid` with `where` they stand.
+    """
     for low, low_name, high, high_name in (
         (limits.memory, "memory", limits.memory_swap, "memory_swap (memory and swap together)"),
         (limits.aggregate.memory_high, "memory_high", limits.aggregate.memory_max, "memory_max"),
