@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from typing import NoReturn
 
 import pytest
+from ds01 import terminal
+from ds01.allocations import Allocations
 from ds01.cli import main
 from ds01.errors import Ds01Error
+from ds01.paths import Paths
 from support import ROOT, Host
 
 LIMITS = """
@@ -166,6 +170,32 @@ def test_nothing_is_guessed_without_a_limits_file(
     assert out == ""
     assert err.startswith("ds01: ")
     assert not limits.ledger.exists()
+
+
+@pytest.mark.parametrize("flag", [None, "--docker-args", *(f"--{name}" for name in terminal.SINGLE_LIMITS)])
+@pytest.mark.parametrize(
+    "broken", ["groups: {r: {max_gpus: two}}\n", "defaults: [\n", ""], ids=["typed", "torn", "empty"]
+)
+def test_no_value_is_printed_from_a_broken_file(
+    broken: str, flag: str | None, limits: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A script that reads one value must not get a number to go on with."""
+    limits.limits(broken)
+    code, out, err = run(capsys, "limits", "alice", *([flag] if flag else []))
+    assert (code, out) == (2, "")
+    assert "config_invalid" in err
+
+
+def test_a_member_of_a_members_file_has_the_group_s_limits_at_every_door(
+    limits: Host, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = limits.config.parent / "groups"
+    directory.mkdir()
+    (directory / "researchers.members").write_text("dora\n", encoding="utf-8")
+    assert run(capsys, "limits", "dora", "--group")[1] == "researchers\n"
+    assert json.loads(run(capsys, "limits", "dora", "--json")[1])["max_gpus"] == 2
+    assert Allocations(Paths.from_env()).limits("dora").idle_timeout == timedelta(hours=72)
+    assert run(capsys, "limits", "eve", "--group")[1] == "students\n"
 
 
 def test_config_check(limits: Host, capsys: pytest.CaptureFixture[str]) -> None:

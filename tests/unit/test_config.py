@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import ds01_gpu_allocate
 import pytest
 from ds01 import config, limits
 from ds01.errors import Ds01Error
@@ -197,6 +199,28 @@ def test_what_yaml_takes_for_something_else_is_a_name_where_a_name_stands(host: 
     assert (value.group, value.priority, value.max_gpus) == ("no", 7, 4)
     assert set(checked.groups) == {"no", "5"}
     assert [(r.user, r.devices) for r in checked.reservations] == [("on", ("1:0",))]
+
+
+def schema_of(section: str, key: str) -> Any:
+    schema = json.loads((ROOT / "config" / config.SCHEMA_NAME).read_text(encoding="utf-8"))
+    return schema["properties"][section]["properties"][key]
+
+
+def test_what_can_be_chosen_is_the_same_in_the_file_and_in_the_modules() -> None:
+    strategies = schema_of("gpu_allocation", "strategy")["enum"]
+    assert ds01_gpu_allocate.ITEM["strategy"]["choices"] == strategies
+    assert limits.GpuPolicy().strategy in strategies
+    assert limits.Policies().reclaim_holds in schema_of("policies", "reclaim_holds")["enum"]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "wrong"),
+    [("gpu_allocation", "strategy", "least-allocated"), ("policies", "reclaim_holds", "lower-priority")],
+)
+def test_a_choice_that_is_none_is_refused_and_not_ignored(section: str, key: str, wrong: str, host: Host) -> None:
+    told = problem(host.limits(f"{section}: {{{key}: {wrong}}}\n"))
+    assert f"{section}.{key}: '{wrong}'" in told
+    assert all(choice in told for choice in schema_of(section, key)["enum"])
 
 
 @pytest.mark.parametrize("key", ["on", "1001", "0x10", "1:0", "null"])

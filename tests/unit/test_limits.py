@@ -1,14 +1,13 @@
-"""Who may have what: layers, null and zero, old keys, the slice's limits."""
+"""Who may have what: layers, old keys, the slice's limits. Null, zero and absent: test_layers.py."""
 
 from __future__ import annotations
 
-import re
 from datetime import datetime, timedelta, timezone
 from fractions import Fraction
 from typing import Any
 
 import pytest
-from ds01 import limits
+from ds01 import limits, names
 from ds01.errors import Ds01Error
 from ds01.limits import Aggregate, Limits, parse_config, resolve
 from hypothesis import given
@@ -19,95 +18,6 @@ HOURS = timedelta(hours=1)
 
 def resolved(user: str = "alice", **document: Any) -> Limits:
     return resolve(parse_config(document), user)
-
-
-def three_layers(key: str, *values: Any) -> Limits:
-    """alice, with `key` in defaults, in her group and in her override; "absent" leaves it out."""
-    layers = [{} if value == "absent" else {key: value} for value in values]
-    return resolved(
-        defaults=layers[0],
-        groups={"researchers": {"members": ["alice"], **layers[1]}},
-        user_overrides={"alice": layers[2]},
-    )
-
-
-# One line for every key: its name in Limits, a value and what it becomes, and what zero becomes.
-# `priority` (1..100) and `allow_full_gpu` have neither null nor zero.
-KEYS: dict[str, tuple[str, Any, Any, Any, Any]] = {
-    "max_mig_instances": ("max_gpus", 4, 4, 0, 0),
-    "max_gpus": ("max_gpus", 4, 4, 0, 0),
-    "max_gpus_per_container": ("max_gpus_per_container", 4, 4, 0, 0),
-    "max_gpu_equivalents": ("max_gpu_equivalents", "2/7", Fraction(2, 7), 0, Fraction(0)),
-    "max_cpus": ("max_cpus", 0.5, Fraction(1, 2), 0, Fraction(0)),
-    "memory": ("memory", "64g", "64g", "0g", "0g"),
-    "memory_swap": ("memory_swap", "96g", "96g", "0g", "0g"),
-    "shm_size": ("shm_size", "1g", "1g", "0g", "0g"),
-    "pids_limit": ("pids_limit", 100, 100, 0, 0),
-    "max_containers_per_user": ("max_containers_per_user", 5, 5, 0, 0),
-    "idle_timeout": ("idle_timeout", "0.5h", HOURS / 2, 0, timedelta(0)),
-    "max_runtime": ("max_runtime", "7d", 168 * HOURS, "0", timedelta(0)),
-    "gpu_hold_after_stop": ("gpu_hold_after_stop", "15m", HOURS / 4, 0, timedelta(0)),
-    "container_hold_after_stop": ("container_hold_after_stop", "1d12h", 36 * HOURS, 0, timedelta(0)),
-}
-# Docker and systemd take a zero here for "no limit", so no container can be given it.
-ZERO_IS_NO_LIMIT_TO_DOCKER = {"max_cpus", "memory", "memory_swap", "shm_size", "pids_limit"}
-
-
-def test_the_table_has_every_limit() -> None:
-    untested = set(Limits.__dataclass_fields__) - {name for name, *_ in KEYS.values()}
-    assert untested == {"user", "group", "aggregate", "priority", "allow_full_gpu"}
-
-
-@pytest.mark.parametrize("key", KEYS)
-@pytest.mark.parametrize("layer", [0, 1, 2], ids=["defaults", "group", "override"])
-def test_each_layer_sets_a_value(key: str, layer: int) -> None:
-    name, value, expected, _, _ = KEYS[key]
-    layers = ["absent"] * 3
-    layers[layer] = value
-    assert getattr(three_layers(key, *layers), name) == expected
-
-
-@pytest.mark.parametrize("key", KEYS)
-@pytest.mark.parametrize("layer", [0, 1, 2], ids=["defaults", "group", "override"])
-def test_null_is_unlimited_in_each_layer_and_hides_the_layers_below(key: str, layer: int) -> None:
-    name, value, _, _, _ = KEYS[key]
-    layers = [value] * layer + [None] + ["absent"] * (2 - layer)
-    assert getattr(three_layers(key, *layers), name) is None
-
-
-@pytest.mark.parametrize("key", sorted(set(KEYS) - ZERO_IS_NO_LIMIT_TO_DOCKER))
-@pytest.mark.parametrize("layer", [0, 1, 2], ids=["defaults", "group", "override"])
-def test_zero_is_zero_in_each_layer_and_hides_the_layers_below(key: str, layer: int) -> None:
-    name, value, _, zero, expected = KEYS[key]
-    layers = [value] * layer + [zero] + ["absent"] * (2 - layer)
-    found = getattr(three_layers(key, *layers), name)
-    assert found is not None
-    assert found == expected
-
-
-@pytest.mark.parametrize("key", KEYS)
-def test_absent_is_the_layer_below(key: str) -> None:
-    name, value, expected, _, _ = KEYS[key]
-    assert getattr(three_layers(key, value, "absent", "absent"), name) == expected
-    assert getattr(three_layers(key, None, "absent", "absent"), name) is None
-
-
-@pytest.mark.parametrize("key", KEYS)
-def test_a_value_above_null_limits_again(key: str) -> None:
-    name, value, expected, _, _ = KEYS[key]
-    assert getattr(three_layers(key, None, None, value), name) == expected
-
-
-@pytest.mark.parametrize("key", sorted(ZERO_IS_NO_LIMIT_TO_DOCKER))
-def test_zero_never_becomes_a_docker_flag_that_means_no_limit(key: str) -> None:
-    _, _, _, zero, _ = KEYS[key]
-    try:
-        args = three_layers(key, "absent", zero, "absent").docker_args()
-    except Ds01Error as exc:
-        assert exc.reason == "config_invalid"
-        assert key in exc.message
-        return
-    assert not [arg for arg in args if re.search(r"=0(\.0+)?[a-z]?$", arg)]
 
 
 def test_what_no_layer_sets_is_careful_and_never_unlimited() -> None:
@@ -358,6 +268,25 @@ def test_one_drop_in_a_group_and_one_for_each_user_whose_slice_differs() -> None
         "ds01-researcher-carol.slice.d": {"CPUQuota": "4800%", "MemoryMax": "192G", "TasksMax": "12288"},
         r"ds01-student-mary\x2dann.slice.d": {"CPUQuota": "2400%", "MemoryMax": "96G", "TasksMax": "7"},
     }
+
+
+@pytest.mark.parametrize("user", ["bob", "carol", "dan", "listed-nowhere", "eve", "mary-ann"])
+def test_everybody_s_slice_has_the_user_s_limits(user: str) -> None:
+    """Also who is in the default group by being in no other, and who has an override: systemd merges
+    the drop-ins of the group's prefix and of the slice itself."""
+    config = parse_config(
+        {
+            "default_group": "student",
+            "groups": {"phd-students": {"members": ["bob", "carol"], "memory": "64g"}, "staff": {"members": ["dan"]}},
+            "user_overrides": {"carol": {"max_gpus": 9, "memory": "8g"}, "eve": {"pids_limit": None}, "mary-ann": None},
+        }
+    )
+    value, dropins = resolve(config, user), limits.slice_dropins(config)
+    of_group, of_user = names.group_dropin_dir(value.group), f"{value.slice}.d"
+    assert value.slice.startswith(of_group.removesuffix(".slice.d")), "systemd applies the group's to this slice"
+    merged = {**dropins[of_group], **dropins.get(of_user, {})}
+    assert {key: text for key, text in merged.items() if text not in ("", "infinity")} == value.aggregate.properties()
+    assert value.aggregate.properties(), "nobody is unlimited unasked"
 
 
 def test_a_user_freed_of_the_group_s_limit_gets_a_drop_in_that_says_so() -> None:
