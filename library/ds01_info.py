@@ -44,13 +44,14 @@ gpus:
   type: list
   elements: dict
 devices:
-  description: What can be allocated, and who has it.
+  description: What can be allocated, and who has it. A device that something outside DS01 uses has the C(status)
+    V(occupied), and C(occupied_by) says what.
   returned: always
   type: list
   elements: dict
   sample:
     - {id: "1:0", uuid: MIG-0, gpu_uuid: GPU-1, profile: 2g.20gb, placement: [0, 2], equivalents: 2/7,
-       memory_mib: 19968, health: ok, container: my-project._.alice, user: alice, status: active}
+       memory_mib: 19968, health: ok, container: my-project._.alice, user: alice, status: active, occupied_by: null}
 allocations:
   description: The ledger's allocations, with C(status), C(device) and C(hold_ends).
   returned: always

@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
-from ds01 import nvml, processes, waiting
+from ds01 import nvml, overview, processes, waiting
 from ds01.allocations import Allocations
 from ds01.errors import Ds01Error
 from ds01.model import Inventory, Process, Ticket
@@ -171,10 +171,10 @@ def test_nothing_to_do_writes_nothing(ds01: Allocations, host: Host, clock: list
 
 def test_status_tells_when_a_hold_ends(ds01: Allocations) -> None:
     ds01.apply([change("allocated", "alice"), change("held", "alice", stopped_at=NOW - timedelta(minutes=20))])
-    (shown,) = ds01.status()["allocations"]
+    (shown,) = overview.status(ds01)["allocations"]
     assert (shown["status"], shown["stopped_at"]) == ("held", "2025-11-21T10:10:00Z")
     assert shown["hold_ends"] == "2025-11-21T11:10:00Z"
-    assert ds01.status("bob")["allocations"] == []
+    assert overview.status(ds01, "bob")["allocations"] == []
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def ticking() -> Callable[[], datetime]:
 
 
 def queue_of(ds01: Allocations) -> list[str]:
-    return [row["user"] for row in ds01.status()["queue"]]
+    return [row["user"] for row in overview.status(ds01)["queue"]]
 
 
 def test_who_waits_is_served_in_turn_and_nobody_overtakes(ds01: Allocations) -> None:
@@ -451,3 +451,13 @@ def test_after_a_reboot_everybody_is_projected_and_only_then(
     assert ds01.store.read().boot_id == "the next boot"
     assert projections(host) == ledger_says(host)
     assert set(projections(host)) == {"p._.alice", "p._.bob", "p._.carol"}
+
+
+def test_a_device_that_something_else_uses_is_shown_so(ds01: Allocations, driver: Driver) -> None:
+    driver.busy = {"MIG-0-0": (1,), "MIG-0-1": (1,)}
+    ds01.apply([change("allocated", "alice", gpus=2)])
+    first, second, third = overview.status(ds01)["devices"][:3]
+    assert (first["status"], first["container"]) == ("occupied", None)
+    assert first["occupied_by"].startswith("process 1 (")
+    assert second["status"] == "occupied"
+    assert (third["status"], third["occupied_by"]) == ("pending", None)

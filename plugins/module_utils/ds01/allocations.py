@@ -1,4 +1,4 @@
-"""The allocation verbs: apply (allocate, hold, activate, release), validate, status.
+"""The allocation verbs: apply (allocate, hold, activate, release), validate, rebuild.
 
 Decisions are pure (transitions, lifecycle); this file looks at the host once, decides under the
 ledger's lock, and carries out: ledger, CDI spec, event. A whole batch is one lock, one NVML session
@@ -30,16 +30,14 @@ from . import (
     queueing,
     rebuild,
     records,
-    takeover,
-    units,
 )
 from .cdi import Cdi
 from .errors import Ds01Error, invalid_input
 from .ledger import Transaction
-from .model import Allocation, Device, Gpu, Inventory, Ledger, Refusal
+from .model import Allocation, Inventory, Ledger, Refusal
 from .observation import Observation, Observer
 from .paths import Paths
-from .transitions import Change, Outcome, after, decide, describe, device_problem, hold_ends, refused, resolved
+from .transitions import Change, Outcome, after, decide, device_problem, hold_ends, refused, resolved
 
 _EVENTS = {"granted": "gpu.allocated", "held": "gpu.held", "released": "gpu.released", "expired": "gpu.released"}
 
@@ -176,16 +174,15 @@ class Allocations:
         """Restore what the ledger lost, from the containers' own records; a damaged file is kept aside."""
         with nvml.session() as driver, self.store.locked():
             time = self.clock()
-            kept = self.store.set_aside(time)
+            lost, kept = self.store.lost(), self.store.set_aside(time)
             before = self.store.read()
-            inventory = driver.inventory()
-            rebuilt = rebuild.rebuild(self._claims(), inventory, resolved(before, inventory).allocations)
+            rebuilt = self._rebuilt(before, driver.inventory(), lost)
             boot = processes.boot_id() if rebuilt.allocations else before.boot_id
             after_ = replace(before, allocations=rebuilt.allocations, boot_id=boot)
             Transaction(self.store, before).commit(after_, time)
             self._project(rebuilt.allocations.values(), self.cdi.nvidia_spec())
         restored = sorted(set(rebuilt.allocations) - set(before.allocations))
-        if restored or rebuilt.problems or kept:  # a new server has no ledger either, and lost none
+        if restored or kept or (lost and rebuilt.problems):  # a new server has no ledger either, and lost none
             self._record_rebuilt(restored, rebuilt.problems, kept, time)
         return rebuilt
 
@@ -203,9 +200,15 @@ class Allocations:
 
     def foresee_rebuild(self) -> rebuild.Rebuilt:
         """What `rebuild` would restore now. Writes nothing."""
-        known = {} if self.store.lost() else self.store.read().allocations
+        lost = self.store.lost()
         with nvml.session() as driver:
-            return rebuild.rebuild(self._claims(), driver.inventory(), known)
+            return self._rebuilt(Ledger() if lost else self.store.read(), driver.inventory(), lost)
+
+    def _rebuilt(self, before: Ledger, inventory: Inventory, lost: bool) -> rebuild.Rebuilt:
+        """What is known, and what containers claim. A ledger that is whole says who gave a device back:
+        then only a container that runs can still have one."""
+        claimed = [claim for claim in self._claims() if lost or claim.stopped_at is None]
+        return rebuild.rebuild(claimed, inventory, resolved(before, inventory).allocations)
 
     def _claims(self) -> list[rebuild.Claim]:
         return claims.read(self.engine, self.paths.metadata, lambda user: self.limits(user).priority, self.clock())
@@ -241,59 +244,8 @@ class Allocations:
         message = f"{name.full} has {allocation.gpu_id}: present, healthy and projected."
         return Outcome(name, "granted", message, allocation=allocation, before=allocation)
 
-    def status(self, user: str | None = None) -> dict[str, Any]:
-        """GPUs, devices with who has them, allocations with when their hold ends. Read-only."""
-        user = names.canonical_user(user, accounts.lookup) if user else None
-        now = self.store.read()
-        with nvml.session() as driver:
-            inventory = driver.inventory()
-        ends = hold_ends(now, self.config)
-        shown = sorted((a for a in now.allocations.values() if user in (None, a.user)), key=lambda a: a.container)
-        return {
-            "generation": now.generation,
-            "user": user,
-            "driver_version": inventory.driver_version,
-            "gpus": [_gpu_row(gpu) for gpu in inventory.gpus],
-            "devices": [_device_row(device, now) for device in inventory.devices],
-            "allocations": [
-                {
-                    **describe(a),
-                    "hold_ends": units.format_time(ends[a.container]) if a.container in ends else None,
-                }
-                for a in shown
-            ],
-            "queue": self._queue_rows(now, inventory),
-        }
-
-    def _queue_rows(self, now: Ledger, inventory: Inventory) -> list[dict[str, Any]]:
-        """Who waits, the next to be served first, with the earliest end of what is in the way."""
-        situation = self._situation(now, Observation(inventory), self.clock())
-        rows = []
-        for position, waiter in enumerate(queueing.ordered(situation.queue), 1):
-            decision = takeover.decide(waiter.request, queueing.limits_of(waiter, self.config), situation)
-            available = decision.available_at if isinstance(decision, Refusal) else None
-            row = {"position": position, **records.waiter_record(waiter)}
-            rows.append({**row, "available_at": units.format_time(available) if available else None})
-        return rows
-
-    def _open(self, changes: Sequence[Change], stack: contextlib.ExitStack) -> _Sources:
-        """What is slow and does not depend on the ledger, done before its lock is taken: imports, the
-        limits file, the engine's connection, the driver's session, NVIDIA's CDI spec."""
-        _ = self.config
-        if _needs_engine(changes):
-            _ = self.engine
-        if not _needs_driver(changes):
-            return _Sources(None, None)
-        return _Sources(stack.enter_context(nvml.session()), self.cdi.nvidia_spec())
-
-    def _observe(self, changes: Sequence[Change], now: Ledger, sources: _Sources) -> Observation:
-        if not _needs_engine(changes):
-            return self._observer.without_engine(sources.driver)
-        stopping = {change.name.full for change in changes if change.state == "held"}
-        harmless = self.config.policies.monitoring_containers
-        return self._observer.look(now, sources.driver, stopping=stopping, harmless=harmless)
-
-    def _situation(self, now: Ledger, seen: Observation, time: datetime) -> placement.Situation:
+    def situation(self, now: Ledger, seen: Observation, time: datetime) -> placement.Situation:
+        """What decisions depend on, with this ledger and what was seen of the host."""
         this_boot = now.boot_id in ("", processes.boot_id())
         return placement.Situation(
             ledger=now,
@@ -308,6 +260,28 @@ class Allocations:
             reclaim=self.config.policies.reclaim_holds == "lower_priority",
         )
 
+    def look(self, now: Ledger, driver: nvml.Nvml | None, stopping: Collection[str] = ()) -> Observation:
+        """The host as it is now: the engine, where there is one, and the driver's devices."""
+        if engine.disabled():
+            return self._observer.without_engine(driver)
+        harmless = self.config.policies.monitoring_containers
+        return self._observer.look(now, driver, stopping=stopping, harmless=harmless)
+
+    def _open(self, changes: Sequence[Change], stack: contextlib.ExitStack) -> _Sources:
+        """What is slow and does not depend on the ledger, done before its lock is taken: imports, the
+        limits file, the engine's connection, the driver's session, NVIDIA's CDI spec."""
+        _ = self.config
+        if _needs_engine(changes):
+            _ = self.engine
+        if not _needs_driver(changes):
+            return _Sources(None, None)
+        return _Sources(stack.enter_context(nvml.session()), self.cdi.nvidia_spec())
+
+    def _observe(self, changes: Sequence[Change], now: Ledger, sources: _Sources) -> Observation:
+        if not _needs_engine(changes):
+            return self._observer.without_engine(sources.driver)
+        return self.look(now, sources.driver, {change.name.full for change in changes if change.state == "held"})
+
     def _plan(self, changes: Sequence[Change], before: Ledger, seen: Observation, sources: _Sources) -> _Plan:
         """Fold the decisions over the ledger, each device of it named as it is called now."""
         time, boot = self.clock(), processes.boot_id()
@@ -315,7 +289,7 @@ class Allocations:
         due = self._due(now, changes, seen, time) if _allocating(changes) else []
         for outcome in due:
             now = after(now, outcome)
-        situation = self._situation(now, seen, time)
+        situation = self.situation(now, seen, time)
         outcomes = []
         for change in changes:
             others = other_containers(change.name, seen.containers, situation.ledger)
@@ -438,28 +412,3 @@ def other_containers(name: names.ContainerName, containers: Sequence[engine.Cont
     existing = {c.name for c in containers if c.user == name.user}
     promised = {a.container for a in now.of_user(name.user)}
     return len((existing | promised) - {name.full})
-
-
-def _gpu_row(gpu: Gpu) -> dict[str, Any]:
-    return {
-        "index": gpu.index,
-        "uuid": gpu.uuid,
-        "name": gpu.name,
-        "mig": gpu.mig,
-        "memory_mib": gpu.memory_mib,
-        "health": gpu.health,
-        "health_reason": gpu.health_reason,
-        "utilization": gpu.utilization,
-    }
-
-
-def _device_row(device: Device, now: Ledger) -> dict[str, Any]:
-    holder = now.holder_of(device)
-    return {
-        **records.device_record(device),
-        "memory_mib": device.memory_mib,
-        "health": device.health,
-        "container": holder.container if holder else None,
-        "user": holder.user if holder else None,
-        "status": holder.status if holder else "free",
-    }

@@ -75,7 +75,7 @@ def _cmd_validate(args: argparse.Namespace, ds01: Allocations) -> int:
 
 
 def _cmd_status(args: argparse.Namespace, ds01: Allocations) -> int:
-    status = ds01.status(args.user)
+    status = overview.status(ds01, args.user)
     if args.json:
         _print_json(status)
     else:

@@ -21,7 +21,10 @@ def rank(hosts: Mapping[str, Mapping[str, Any]], project: str, user: str, profil
             _is(entry.get("name") or entry["container"], entry["user"], project, user)
             for entry in (*info.get("containers", ()), *info.get("allocations", ()))
         )
-        free = sum(d["status"] == "free" and profile in (None, "", d["profile"]) for d in info.get("devices", ()))
+        free = sum(
+            d["status"] == "free" and d.get("health", "ok") == "ok" and profile in (None, "", d["profile"])
+            for d in info.get("devices", ())
+        )
         return not has_it, bool(info.get("problems")), -free, host
 
     return sorted(hosts, key=key)

@@ -1,16 +1,58 @@
-"""Questions about a whole host: all at once for `ds01_info`, or one kind of row for `ds01 query`. Read-only."""
+"""Questions about a whole host: its status, all at once for `ds01_info`, or one kind of row. Read-only."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from fractions import Fraction
 from typing import Any
 
-from . import engine, limits
+from . import accounts, engine, limits, names, nvml, queueing, records, takeover, units
 from .allocations import Allocations
 from .errors import Ds01Error
-from .model import Ledger
+from .model import Device, Gpu, Ledger, Refusal
+from .observation import Observation
+from .placement import Situation
+from .transitions import describe
+
+
+def status(allocations: Allocations, user: str | None = None) -> dict[str, Any]:
+    """GPUs, devices with who has or uses them, allocations with when their hold ends, and who waits.
+
+    `problems` says what could not be seen: an engine that does not answer does not hide the devices.
+    """
+    user = names.canonical_user(user, accounts.lookup) if user else None
+    now = allocations.store.read()
+    problems: list[dict[str, str]] = []
+    with nvml.session() as driver:
+        try:
+            seen = allocations.look(now, driver)
+        except Ds01Error as exc:
+            problems.append({"reason": exc.reason, "msg": str(exc)})
+            seen = Observation(driver.inventory())
+    situation = allocations.situation(now, seen, allocations.clock())
+    shown = sorted((a for a in now.allocations.values() if user in (None, a.user)), key=lambda a: a.container)
+    return {
+        "generation": now.generation,
+        "user": user,
+        "driver_version": seen.inventory.driver_version,
+        "gpus": [_gpu(gpu) for gpu in seen.inventory.gpus],
+        "devices": [_device(device, now, seen.occupied) for device in seen.inventory.devices],
+        "allocations": [{**describe(a), "hold_ends": _time(situation.hold_ends.get(a.container))} for a in shown],
+        "queue": _queue(allocations, situation),
+        "problems": problems,
+    }
+
+
+def _queue(allocations: Allocations, situation: Situation) -> list[dict[str, Any]]:
+    """Who waits, the next to be served first, with the earliest end of what is in the way."""
+    rows = []
+    for position, waiter in enumerate(queueing.ordered(situation.queue), 1):
+        decision = takeover.decide(waiter.request, queueing.limits_of(waiter, allocations.config), situation)
+        available = decision.available_at if isinstance(decision, Refusal) else None
+        rows.append({"position": position, **records.waiter_record(waiter), "available_at": _time(available)})
+    return rows
 
 
 def gather(allocations: Allocations, users: Sequence[str]) -> dict[str, Any]:
@@ -27,20 +69,21 @@ def gather(allocations: Allocations, users: Sequence[str]) -> dict[str, Any]:
             problems.append({"reason": exc.reason, "msg": str(exc)})
             return otherwise
 
-    status = part(allocations.status, {})
+    seen = part(lambda: status(allocations), {})
+    problems.extend(p for p in seen.get("problems", ()) if p["reason"] != "engine_unavailable")
     version = part(lambda: dict(allocations.engine.version()), {}) if not engine.disabled() else {}
     found = part(allocations.engine.containers, ()) if version else ()
-    shown = status.get("allocations", [])
+    shown = seen.get("allocations", [])
     return {
-        "gpus": status.get("gpus", []),
-        "devices": status.get("devices", []),
+        "gpus": seen.get("gpus", []),
+        "devices": seen.get("devices", []),
         "allocations": shown,
         "holds": [a for a in shown if a["status"] == "held"],
-        "queue": status.get("queue", []),
+        "queue": seen.get("queue", []),
         "containers": [_container(c) for c in found],
         "limits": {u: part(lambda u=u: limits.as_dict(allocations.limits(u)), None) for u in users},
         "versions": {
-            "driver": status.get("driver_version") or None,
+            "driver": seen.get("driver_version") or None,
             "engine": version.get("Version"),
             "python": platform.python_version(),
         },
@@ -60,21 +103,21 @@ def containers(allocations: Allocations) -> list[dict[str, Any]]:
 
 def gpus(allocations: Allocations) -> list[dict[str, Any]]:
     """Physical GPUs with how many of their devices are taken."""
-    status = allocations.status()
-    devices = status["devices"]
+    found = status(allocations)
+    devices = found["devices"]
     return [
         {
             **gpu,
             "devices": sum(d["gpu_uuid"] == gpu["uuid"] for d in devices),
-            "allocated": sum(d["gpu_uuid"] == gpu["uuid"] and d["status"] != "free" for d in devices),
+            "allocated": sum(d["gpu_uuid"] == gpu["uuid"] and d["container"] is not None for d in devices),
         }
-        for gpu in status["gpus"]
+        for gpu in found["gpus"]
     ]
 
 
 def queue(allocations: Allocations) -> list[dict[str, Any]]:
     """Who waits for devices, the next to be served first."""
-    return allocations.status()["queue"]
+    return status(allocations)["queue"]
 
 
 def users(allocations: Allocations) -> list[dict[str, Any]]:
@@ -108,3 +151,33 @@ def _container(container: engine.Container) -> dict[str, Any]:
         "image": container.image,
         "gpus": container.gpus,
     }
+
+
+def _gpu(gpu: Gpu) -> dict[str, Any]:
+    return {
+        "index": gpu.index,
+        "uuid": gpu.uuid,
+        "name": gpu.name,
+        "mig": gpu.mig,
+        "memory_mib": gpu.memory_mib,
+        "health": gpu.health,
+        "health_reason": gpu.health_reason,
+        "utilization": gpu.utilization,
+    }
+
+
+def _device(device: Device, now: Ledger, occupied: Mapping[str, str]) -> dict[str, Any]:
+    holder = now.holder_of(device)
+    return {
+        **records.device_record(device),
+        "memory_mib": device.memory_mib,
+        "health": device.health,
+        "container": holder.container if holder else None,
+        "user": holder.user if holder else None,
+        "status": holder.status if holder else "occupied" if device.uuid in occupied else "free",
+        "occupied_by": occupied.get(device.uuid) if holder is None else None,
+    }
+
+
+def _time(value: datetime | None) -> str | None:
+    return units.format_time(value) if value else None

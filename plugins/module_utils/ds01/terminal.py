@@ -100,6 +100,9 @@ def status_text(status: Mapping[str, Any]) -> str:
     lines = [f"{taken} of {len(status['devices'])} devices allocated on {len(status['gpus'])} GPUs."]
     if rows:
         lines.append(table(rows, DEVICES))
+    for device in status["devices"]:
+        if device["occupied_by"]:
+            lines.append(f"{device['id']} is used by {device['occupied_by']}, which DS01 does not manage.")
     if status["queue"] and status["user"] is None:
         lines.append(f"{len(status['queue'])} waiting:\n{table(status['queue'], QUEUE)}")
     for gpu in status["gpus"]:
@@ -107,6 +110,7 @@ def status_text(status: Mapping[str, Any]) -> str:
             lines.append(f"GPU {gpu['index']} is {gpu['health']}: {gpu['health_reason']}.")
         elif gpu["mig"] and not any(d["gpu_uuid"] == gpu["uuid"] for d in status["devices"]):
             lines.append(f"GPU {gpu['index']} is in MIG mode and not cut: nothing on it can be allocated.")
+    lines.extend(f"Not everything could be seen: {problem['msg']}" for problem in status["problems"])
     return "\n".join(lines)
 
 
