@@ -32,6 +32,7 @@ from support import NOW, ROOT, Host, machine, taken
 SIM = ROOT / "build" / "sim"
 INVENTORY = machine("full", ["2g.20gb"] * 3)
 FULL, SLICE, OTHER, _ = INVENTORY.devices
+ENGINE = "the engine"
 
 
 class Driver:
@@ -47,6 +48,9 @@ class Engine:
 
     def containers(self) -> tuple[Container, ...]:
         return tuple(self.there)
+
+    def identity(self) -> str:
+        return ENGINE
 
     def container(self, name: str) -> Container | None:
         return next((c for c in self.there if c.name == name), None)
@@ -85,7 +89,7 @@ def write_ledger(
     host: Host, inventory: Inventory = INVENTORY, boot: str = processes.boot_id(), **holdings: str
 ) -> None:
     host.state.mkdir(exist_ok=True)
-    LedgerStore(host.ledger).write(replace(taken(inventory, **holdings), boot_id=boot))
+    LedgerStore(host.ledger).write(replace(taken(inventory, **holdings), boot_id=boot, engine_id=ENGINE))
 
 
 def damage(host: Host) -> None:

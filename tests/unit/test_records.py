@@ -40,6 +40,7 @@ def test_the_file_as_documented() -> None:
         "version": 1,
         "generation": 42,
         "boot_id": "boot-1",
+        "engine_id": "",
         "last_updated": "2025-11-21T10:30:00Z",
         "allocations": {
             "p._.alice": {
@@ -151,6 +152,7 @@ _LEDGERS = st.builds(
     allocations=st.lists(_ALLOCATIONS, max_size=4).map(lambda found: {a.container: a for a in found}),
     generation=st.integers(0, 10**6),
     boot_id=st.text(max_size=36),
+    engine_id=st.text(max_size=36),
     last_updated=st.none() | _WHEN,
     queue=st.lists(_WAITERS, max_size=3).map(tuple),
 )

@@ -177,8 +177,9 @@ class Allocations:
             lost, kept = self.store.lost(), self.store.set_aside(time)
             before = self.store.read()
             rebuilt = self._rebuilt(before, driver.inventory(), lost)
-            boot = processes.boot_id() if rebuilt.allocations else before.boot_id
-            after_ = replace(before, allocations=rebuilt.allocations, boot_id=boot)
+            after_ = replace(before, allocations=rebuilt.allocations)
+            if rebuilt.allocations:
+                after_ = replace(after_, boot_id=processes.boot_id(), engine_id=self.engine.identity())
             Transaction(self.store, before).commit(after_, time)
             self._project(rebuilt.allocations.values(), self.cdi.nvidia_spec())
         restored = sorted(set(rebuilt.allocations) - set(before.allocations))
@@ -231,7 +232,7 @@ class Allocations:
         with nvml.session() as driver:
             problem = device_problem(allocation, driver.inventory())
         if problem:
-            hint = f"Release it, then start the container again: ds01 release --container {name.full}"
+            hint = "Start it again with playbooks/container_start.yml: it gets another device."
             return refused(name, Refusal("gpu_unhealthy", f"{name.full}: {problem}.", hint), allocation)
         projected = self.cdi.projected(name.full)
         if projected is None and engine.disabled():
@@ -304,6 +305,8 @@ class Allocations:
         rebooted = bool(sources.driver and before.allocations) and before.boot_id != boot
         if rebooted or (sources.driver and _differs(final, before)):
             final = replace(final, boot_id=boot)
+        if _differs(final, before):
+            final = replace(final, engine_id=seen.engine_id or before.engine_id)
         return _Plan(outcomes, due, final, sources.spec, time, rebooted)
 
     def _due(self, now: Ledger, changes: Sequence[Change], seen: Observation, time: datetime) -> list[Outcome]:

@@ -121,6 +121,11 @@ class Engine:
             return None
         return Image(raw["Id"], (raw.get("Config") or {}).get("Labels") or {})
 
+    def identity(self) -> str:
+        """Names this engine, as long as its data directory lives. Not asked without need: it takes its time."""
+        with _errors("read its identity"):
+            return str(self._client.info().get("ID") or "")
+
     def version(self) -> Mapping[str, Any]:
         with _errors("read its version"):
             return self._client.version()

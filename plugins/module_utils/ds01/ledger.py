@@ -53,7 +53,7 @@ def _readable(document: Mapping[str, Any]) -> bytes:
 
 
 def _content(ledger: Ledger) -> tuple[object, ...]:
-    return ledger.allocations, ledger.queue, ledger.boot_id
+    return ledger.allocations, ledger.queue, ledger.boot_id, ledger.engine_id
 
 
 class LedgerStore:

@@ -152,13 +152,17 @@ class Waiter:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Who was granted what, and who waits, in order of arrival. `generation` grows by one with every change."""
+    """Who was granted what, and who waits, in order of arrival. `generation` grows by one with every change.
+
+    `boot_id` is the boot in which the devices were last looked up, `engine_id` the engine that has the containers.
+    """
 
     allocations: Mapping[str, Allocation] = field(default_factory=dict)
     generation: int = 0
     boot_id: str = ""
     last_updated: datetime | None = None
     queue: tuple[Waiter, ...] = ()
+    engine_id: str = ""
 
     @cached_property
     def _by_user(self) -> Mapping[str, tuple[Allocation, ...]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from . import claims, engine, nvml, occupancy, processes
+from .errors import Ds01Error
 from .lifecycle import Seen
 from .model import Inventory, Ledger
 from .occupancy import GpuUse
@@ -22,12 +23,13 @@ _NO_GPUS = Inventory((), ())
 @dataclass(frozen=True)
 class Observation:
     """`seen` are DS01's containers by name, None where no engine was asked; `occupied` says who uses
-    a device (by UUID) without DS01."""
+    a device (by UUID) without DS01; `engine_id` names the engine."""
 
     inventory: Inventory = _NO_GPUS
     containers: Sequence[engine.Container] = ()
     seen: Mapping[str, Seen] | None = None
     occupied: Mapping[str, str] = field(default_factory=dict)
+    engine_id: str = ""
 
     @property
     def running(self) -> frozenset[str]:
@@ -57,11 +59,12 @@ class Observer:
         those outside DS01 that may see GPUs without using them."""
         listing = self._engine().listing()
         seen = {c.name: self._seen(c, now, c.name in stopping) for c in listing.ours}
+        found = Observation(containers=listing.ours, seen=seen, engine_id=self._identity(now, seen))
         if driver is None:
-            return Observation(containers=listing.ours, seen=seen)
+            return found
         foreign = [c for c in listing.others if c.status in engine.RUNNING and c.name not in harmless]
         uses = [*map(self._use, foreign), *(self._leftover(c) for c in listing.ours if _unallocated(c, now))]
-        return _with_devices(driver, Observation(containers=listing.ours, seen=seen), [use for use in uses if use])
+        return _with_devices(driver, found, [use for use in uses if use])
 
     def without_engine(self, driver: nvml.Nvml | None) -> Observation:
         """The driver alone."""
@@ -74,6 +77,21 @@ class Observer:
         if stopped and (stopping or (allocation and allocation.status != "held")):
             container = self._engine().container(container.name) or container
         return Seen(container.id, container.status in engine.RUNNING, stopped, container.finished_at)
+
+    def _identity(self, now: Ledger, seen: Mapping[str, Seen]) -> str:
+        """The engine's, asked for when the ledger does not name it, or misses a container: on another
+        engine every container would look removed. Raises Ds01Error `engine_unavailable`."""
+        missing = any(a.container_id and a.container not in seen for a in now.allocations.values())
+        if now.engine_id and not missing:
+            return now.engine_id
+        identity = self._engine().identity()
+        if now.engine_id and identity != now.engine_id:
+            raise Ds01Error(
+                "engine_unavailable",
+                "This is another Docker engine than the one that has the ledger's containers.",
+                "Check DOCKER_HOST. If the engine was set up anew, say so with: ds01 rebuild",
+            )
+        return identity
 
     def _use(self, container: engine.Container) -> GpuUse | None:
         """What a container outside DS01 was promised at its creation; that never changes, so it is asked once."""

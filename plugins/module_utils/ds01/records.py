@@ -24,6 +24,7 @@ def to_json(ledger: Ledger) -> dict[str, Any]:
         "version": VERSION,
         "generation": ledger.generation,
         "boot_id": ledger.boot_id,
+        "engine_id": ledger.engine_id,
         "last_updated": units.format_time(ledger.last_updated) if ledger.last_updated else None,
         "allocations": {name: record(a) for name, a in sorted(ledger.allocations.items())},
         "queue": [waiter_record(w) for w in ledger.queue],
@@ -90,6 +91,7 @@ def from_json(document: Any) -> Ledger:
             allocations={name: _allocation(name, _as(dict, raw, name)) for name, raw in allocations.items()},
             generation=_as(int, document.get("generation", 0), "generation"),
             boot_id=document.get("boot_id") or "",
+            engine_id=document.get("engine_id") or "",
             last_updated=_time(updated) if updated else None,
             queue=tuple(_waiter(_as(dict, raw, "a waiter")) for raw in _as(list, document.get("queue") or [], "queue")),
         )
