@@ -34,7 +34,7 @@ def replace(path: Path, data: bytes, mode: int, *, durable: bool = False) -> Non
 def make_directory(path: Path, mode: int) -> None:
     """The directory exists; one that is made here has `mode`, whatever the umask. Raises OSError."""
     if not path.is_dir():
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode, parents=True, exist_ok=True)  # whoever dies here leaves nothing wider
         path.chmod(mode)
 
 

@@ -182,3 +182,5 @@ class LedgerStore:
         with contextlib.suppress(FileNotFoundError):
             os.link(self._path, link)
             link.replace(self._previous)
+            # Where a killed writer left both names for one file, rename does nothing and keeps both.
+            link.unlink(missing_ok=True)
