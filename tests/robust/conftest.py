@@ -11,14 +11,18 @@ from installation import Engine, Installation
 from support import Host
 from test_cli_sim import SIM, Server
 
-THREE_SLICES = ["1xA100-SXM4-80GB", "--mig", "0=2g.20gb,2g.20gb,2g.20gb"]
+SEVEN = ["1g.10gb"] * 7
+MACHINES = {
+    "3 slices": ["1xA100-SXM4-80GB", "--mig", "0=2g.20gb,2g.20gb,2g.20gb"],
+    "56 slices": ["8xA100-SXM4-80GB", *(word for gpu in range(8) for word in ("--mig", f"{gpu}={','.join(SEVEN)}"))],
+}
 
 
 @pytest.fixture
-def here(host: Host) -> Installation:
-    """A server with one GPU in three slices, and NVIDIA's CDI spec of it."""
-    state = host.root / "gpus"
-    command = [SIM / "bin" / "nvml-sim", "init", state, "--gpus", *THREE_SLICES, "--unprivileged"]
+def here(request: pytest.FixtureRequest, host: Host) -> Installation:
+    """A server with one GPU in three slices, or the one that the test names, and NVIDIA's CDI spec of it."""
+    state, gpus = host.root / "gpus", MACHINES[getattr(request, "param", "3 slices")]
+    command = [SIM / "bin" / "nvml-sim", "init", state, "--gpus", *gpus, "--unprivileged"]
     subprocess.run(command, check=True, timeout=20, capture_output=True)
     server = Server(host, state)
     server.write_nvidia_spec()

@@ -192,6 +192,17 @@ def test_a_lock_held_elsewhere_is_a_refusal_that_names_the_holder(path: Path) ->
     assert not path.exists()
 
 
+def test_who_waits_asks_ever_less_often(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    flock = fcntl.flock
+    with held_lock(path):
+        monkeypatch.setattr(fcntl, "flock", lambda *args: (asked.append(time.monotonic()), flock(*args)))
+        with pytest.raises(Ds01Error), LedgerStore(path, 0.6).transaction():
+            pytest.fail("got the lock of somebody else")
+    assert 6 < len(asked) < 40, "a thousand who wait would leave no processor to the one who has it"
+    assert asked[-1] - asked[0] >= 0.55, "nobody gives up early"
+
+
 def test_reading_needs_no_lock(path: Path) -> None:
     commit(path, BEFORE)
     with held_lock(path):

@@ -24,7 +24,8 @@ from .model import Ledger
 
 LOCK_TIMEOUT = 30.0
 """Seconds. A decision holds the lock for milliseconds; this is for 1000 callers at once."""
-_POLL = 0.005
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
+"""Seconds between two attempts to get the lock, the first and the longest."""
 
 
 class Transaction:
@@ -144,23 +145,32 @@ class LedgerStore:
             os.close(lock)
 
     def _acquire(self, lock: int) -> None:
+        """Ask again and again, but ever less often, and not in step: a thousand processes that wait
+        must leave a processor to the one they wait for."""
         deadline = time.monotonic() + self._lock_timeout
+        pause = _FIRST_PAUSE
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if time.monotonic() > deadline:
-                    holder = os.pread(lock, 80, 0).decode(errors="replace").strip() or "another process"
-                    raise Ds01Error(
-                        "lock_timeout",
-                        f"The ledger's lock was held by {holder} for {self._lock_timeout:g} s.",
-                        "Try again; nothing was changed.",
-                    ) from None
-                time.sleep(_POLL)
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise self._timeout(lock) from None
+                time.sleep(min(left, pause * (1 + os.urandom(1)[0] / 255) / 2))
+                pause = min(2 * pause, _LONGEST_PAUSE)
             else:
-                os.ftruncate(lock, 0)
-                os.pwrite(lock, f"pid {os.getpid()}".encode(), 0)
+                with contextlib.suppress(OSError):  # a full disk: the note only serves others' messages
+                    os.ftruncate(lock, 0)
+                    os.pwrite(lock, f"pid {os.getpid()}".encode(), 0)
                 return
+
+    def _timeout(self, lock: int) -> Ds01Error:
+        holder = os.pread(lock, 80, 0).decode(errors="replace").strip() or "another process"
+        return Ds01Error(
+            "lock_timeout",
+            f"The ledger's lock was held by {holder} for {self._lock_timeout:g} s.",
+            "Try again; nothing was changed.",
+        )
 
     def write(self, ledger: Ledger) -> None:
         """Replace the file durably; the old one becomes `.prev`. Only ever called under the lock."""
