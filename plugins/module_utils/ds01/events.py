@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import json
 import os
 import time
@@ -70,7 +71,13 @@ class EventLog:
         try:
             if os.fstat(fd).st_size == 0:
                 os.fchmod(fd, 0o640)  # whatever the caller's umask
-            os.write(fd, line)
+            written = os.write(fd, line)
+            if written < len(line):
+                # The disk is full. Half a line would take the next one with it: nobody comes after it yet.
+                end = os.lseek(fd, 0, os.SEEK_CUR)
+                if os.fstat(fd).st_size == end:
+                    os.ftruncate(fd, end - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(fd)
 
