@@ -9,6 +9,7 @@ import pytest
 from ds01 import engine
 from installation import Engine, Installation
 from support import Host
+from test_allocations import clock, driver, ds01  # noqa: F401 - fixtures: the verbs on a machine made up by the test
 from test_cli_sim import SIM, Server
 
 SEVEN = ["1g.10gb"] * 7

@@ -30,12 +30,8 @@ def _can_mount() -> bool:
     """Whether a file system can be mounted here: for root, and not in every container."""
     if os.geteuid() != 0:
         return False
-    return (
-        subprocess.run(
-            ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"], check=False, capture_output=True
-        ).returncode
-        == 0
-    )
+    attempt = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
+    return subprocess.run(attempt, check=False, capture_output=True).returncode == 0
 
 
 pytestmark = [

@@ -82,7 +82,7 @@ class LedgerStore:
             raise Ds01Error(
                 "ledger_unavailable", f"The ledger {self._path} cannot be read: {exc.strerror}.", "Run as root."
             ) from None
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             raise Ds01Error(
                 "ledger_damaged",
                 f"The ledger {self._path} cannot be read: {exc}.",
