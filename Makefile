@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 SIM_OUT := build/sim
 HOSTS ?= 1
+# East and west of UTC, where a local time taken for UTC ends a hold early or late.
+ZONES := Europe/Berlin America/New_York
 
 .DEFAULT_GOAL := help
 
@@ -52,6 +54,10 @@ lint: env ## ruff, yamllint and ansible-lint
 unit: env sim ## The tests that need neither engine nor root
 	@echo "== unit tests"
 	@$(BIN)/pytest -n 2 tests
+	@for zone in $(ZONES); do \
+	  echo "== unit tests, TZ=$$zone"; \
+	  TZ=$$zone $(BIN)/pytest -q -n 2 -m "not robust and not sim" tests/unit || exit; \
+	done
 
 .PHONY: molecule
 molecule: env sim ## The Molecule scenarios, on lab hosts (make molecule SCENARIO=default for one)

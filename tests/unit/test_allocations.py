@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
-from ds01 import nvml, overview, processes, waiting
+from ds01 import nvml, overview, processes, units, waiting
 from ds01.allocations import Allocations
 from ds01.errors import Ds01Error
 from ds01.model import Inventory, Process, Ticket
@@ -175,6 +175,42 @@ def test_status_tells_when_a_hold_ends(ds01: Allocations) -> None:
     assert (shown["status"], shown["stopped_at"]) == ("held", "2025-11-21T10:10:00Z")
     assert shown["hold_ends"] == "2025-11-21T11:10:00Z"
     assert overview.status(ds01, "bob")["allocations"] == []
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "America/New_York"])
+@pytest.mark.parametrize(
+    ("hold", "minutes", "kept"),
+    [
+        ("15m", 1, True),
+        ("15m", 14, True),
+        ("15m", 16, False),
+        ("0.25h", 14, True),
+        ("0.25h", 16, False),
+        ("0", 0, False),
+        ("null", 60 * 24 * 365, True),
+    ],
+)
+def test_a_hold_lasts_as_long_as_the_limits_say_wherever_the_server_stands(
+    hold: str,
+    minutes: int,
+    kept: bool,
+    zone: str,
+    ds01: Allocations,
+    host: Host,
+    timezone_of: Callable[[str], None],
+) -> None:
+    timezone_of(zone)
+    assert (time.timezone == 0) is (zone == "UTC"), "this machine does not know its time zones (tzdata)"
+    host.limits(LIMITS.replace("gpu_hold_after_stop: 1h", f"gpu_hold_after_stop: {hold}"))
+    ds01 = Allocations(ds01.paths, "tester")  # by the real clock
+    # As Docker writes FinishedAt.
+    finished = time.strftime("%Y-%m-%dT%H:%M:%S.123456789Z", time.gmtime(time.time() - 60 * minutes))
+    ds01.apply([change("allocated", "alice")])
+    (outcome,) = ds01.apply([change("held", "alice", stopped_at=units.parse_time(finished))])
+    assert outcome.reason == ("released" if hold == "0" else "held")
+    ds01.apply([change("allocated", "bob")])  # whoever comes next takes back what is over
+    assert ("p._.alice" in ledger_says(host)) is kept
+    assert projections(host) == ledger_says(host)
 
 
 @pytest.mark.parametrize(
