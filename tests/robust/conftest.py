@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 from ds01 import engine
-from installation import Engine, Installation
+from installation import Docker, Installation
 from support import Host
 from test_allocations import clock, driver, ds01  # noqa: F401 - fixtures: the verbs on a machine made up by the test
 from test_cli_sim import SIM, Server
@@ -31,11 +31,11 @@ def here(request: pytest.FixtureRequest, host: Host) -> Installation:
 
 
 @pytest.fixture
-def engine_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequence[engine.Container]], None]:
-    """Let this process, and what is forked from it, find an engine with these containers."""
+def engine_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[Docker], None]:
+    """Let this process, and what is forked from it, find this engine."""
 
-    def use(containers: Sequence[engine.Container]) -> None:
+    def use(docker: Docker) -> None:
         monkeypatch.delenv("DS01_ENGINE")
-        monkeypatch.setattr(engine, "connect", lambda: Engine(containers))
+        monkeypatch.setattr(engine, "connect", lambda: engine.Engine(docker))
 
     return use

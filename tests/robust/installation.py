@@ -12,9 +12,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import pynvml  # noqa: F401 - imported once, for all that are forked from here
+import docker.errors  # noqa: F401 - imported once, for all that are forked from here
+import pynvml  # noqa: F401
 import yaml  # noqa: F401
-from ds01 import engine
 from ds01.allocations import Allocations
 from ds01.paths import Paths
 from ds01.transitions import Change, Outcome
@@ -64,34 +64,37 @@ class Installation:
                 shutil.copytree(folder / directory.name, directory)
 
 
-class Engine:
-    """Stands in for the Docker engine: it has these containers."""
+class Docker:
+    """Stands in for the Docker SDK's client: an engine on which these containers run. Container by name: its labels."""
 
-    def __init__(self, containers: Sequence[engine.Container] = ()) -> None:
-        self._containers = containers
+    def __init__(self, labels: Mapping[str, Mapping[str, str]]) -> None:
+        self._labels = labels
 
-    def containers(self) -> Sequence[engine.Container]:
-        return self._containers
+    def containers(self, **_: object) -> list[dict[str, Any]]:
+        return [
+            {"Id": f"id-{name}", "Names": [f"/{name}"], "State": "running", "Image": "image", "Labels": labels}
+            for name, labels in self._labels.items()
+        ]
 
-    def container(self, name: str) -> engine.Container | None:
-        return next((c for c in self._containers if c.name == name), None)
+    def inspect_container(self, name: str) -> dict[str, Any]:
+        config = {"Image": "image", "Labels": self._labels[name]}
+        return {"Id": f"id-{name}", "Name": f"/{name}", "State": {"Status": "running"}, "Config": config}
+
+    def info(self) -> dict[str, str]:
+        return {"ID": "this engine"}
 
 
-def made_for(allocations: Mapping[str, Any]) -> list[engine.Container]:
-    """The running containers that these ledger records were made for, as their labels tell."""
-    return [
-        engine.Container(
-            id="c0ffee",
-            name=name,
-            status="running",
-            image="image",
-            labels={
+def made_for(allocations: Mapping[str, Any]) -> Docker:
+    """The engine with the running containers that these ledger records were made for."""
+    return Docker(
+        {
+            name: {
                 "ds01.managed": "true",
                 "ds01.user": record["user"],
                 "ds01.gpus": str(len(record["devices"])),
                 "ds01.devices": json.dumps(record["devices"]),
                 "ds01.created_at": record["allocated_at"],
-            },
-        )
-        for name, record in allocations.items()
-    ]
+            }
+            for name, record in allocations.items()
+        }
+    )

@@ -50,6 +50,13 @@ STORIES = {
         [change("allocated", "dan")],
         timedelta(hours=2),
     ),
+    "allocate that takes over a hold": Story(
+        [
+            [change("allocated", "alice"), change("allocated", "bob"), change("allocated", "carol")],
+            [change("held", "bob")],
+        ],
+        [change("allocated", "boss", priority=90, may_raise=True)],
+    ),
     "a batch that gives one's devices to others": Story(
         [[change("allocated", "alice", gpus=3)]],
         [change("released", "alice"), change("allocated", "bob"), change("allocated", "carol", gpus=2)],
@@ -82,7 +89,7 @@ def test_one_ledger_write(tmp_path: Path) -> None:
         write(Ledger({"older": after.allocations["p._.bob"]}))  # so that there is a generation before, too
         write(before)
 
-    for call in killed_everywhere(lambda: write(after), put_back, at_least=35):
+    for call in killed_everywhere(lambda: write(after), put_back, at_least=25):
         found = LedgerStore(path).read()
         assert found.allocations in (before.allocations, after.allocations), f"killed at system call {call}"
         assert found.generation == (2 if found.allocations == before.allocations else 3)
