@@ -70,6 +70,8 @@ reason:
   type: str
 """
 
+from collections.abc import Sequence
+
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.ds01.allocations import Allocations
 from ansible.module_utils.ds01.errors import Ds01Error
@@ -84,21 +86,20 @@ def rebuild(ds01: Allocations, check_mode: bool) -> dict:
     before = {} if damaged else ds01.store.read().allocations
     rebuilt = ds01.foresee_rebuild() if check_mode else ds01.rebuild()
     had, has = devices(before), devices(rebuilt.allocations)
-    restored = sorted(set(has) - set(had))
     return {
         # Not the ledger's generation: that also counts what is noted of this boot and concerns nobody's device.
         "changed": damaged or had != has,
         "reason": "ok",
-        "msg": summary(restored, len(has), len(rebuilt.problems), check_mode),
+        "msg": summary(rebuilt.restored, len(has), len(rebuilt.problems), check_mode),
         "allocations": [describe(allocation) for allocation in rebuilt.allocations.values()],
-        "restored": restored,
+        "restored": list(rebuilt.restored),
         "problems": list(rebuilt.problems),
         "damaged": damaged,
         "diff": {"before": had, "after": has},
     }
 
 
-def summary(restored: list, total: int, problems: int, check_mode: bool) -> str:
+def summary(restored: Sequence[str], total: int, problems: int, check_mode: bool) -> str:
     """The result in a sentence."""
     what = ("Would restore" if check_mode else "Restored") + f" {', '.join(restored) or 'nothing'}"
     unknown = f"; {problems} not to be restored" if problems else ""

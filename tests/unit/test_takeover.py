@@ -113,7 +113,7 @@ def test_a_user_at_the_limit_is_offered_the_held_device(limit: dict[str, int]) -
     refusal = ask(ledger, hold_ends={"p._.bob": NOW + HOUR}, **limit)
     assert isinstance(refusal, Refusal)
     assert refusal.reason == "user_at_limit"
-    assert refusal.hint.startswith("You hold 2 of p._.bob until 2025-11-21T11:30:00Z: take it over with --reuse-held.")
+    assert refusal.hint.startswith("You hold 2 of p._.bob until 2025-11-21T11:30:00Z: take it over with --reuse-held (")
     assert told(ask(ledger, reuse=True, **limit)) == ("2", "bob")
 
 

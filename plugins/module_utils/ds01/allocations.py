@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 from . import (
@@ -182,22 +181,16 @@ class Allocations:
                 after_ = replace(after_, boot_id=processes.boot_id(), engine_id=self.engine.identity())
             Transaction(self.store, before).commit(after_, time)
             self._project(rebuilt.allocations.values(), self.cdi.nvidia_spec())
-        restored = sorted(set(rebuilt.allocations) - set(before.allocations))
-        if restored or kept or (lost and rebuilt.problems):  # a new server has no ledger either, and lost none
-            self._record_rebuilt(restored, rebuilt.problems, kept, time)
+        if rebuilt.restored or kept or (lost and rebuilt.problems):  # a new server has no ledger either, and lost none
+            self.events.write(
+                "ledger.rebuilt",
+                time,
+                reason="ledger_damaged" if kept else "",
+                message=f"Restored {len(rebuilt.restored)}: {', '.join(rebuilt.restored) or 'none'}.",
+                problems=list(rebuilt.problems),
+                kept=str(kept or ""),
+            )
         return rebuilt
-
-    def _record_rebuilt(
-        self, restored: Sequence[str], problems: Sequence[str], kept: Path | None, time: datetime
-    ) -> None:
-        self.events.write(
-            "ledger.rebuilt",
-            time,
-            reason="ledger_damaged" if kept else "",
-            message=f"Restored {len(restored)}: {', '.join(restored) or 'none'}.",
-            problems=list(problems),
-            kept=str(kept or ""),
-        )
 
     def foresee_rebuild(self) -> rebuild.Rebuilt:
         """What `rebuild` would restore now. Writes nothing."""

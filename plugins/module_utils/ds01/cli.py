@@ -173,10 +173,12 @@ def _cmd_rebuild(args: argparse.Namespace, ds01: Allocations) -> int:
     rebuilt = ds01.foresee_rebuild() if args.dry_run else ds01.rebuild()
     if args.json:
         allocations = [describe(a) for a in rebuilt.allocations.values()]
-        _print_json({"allocations": allocations, "problems": list(rebuilt.problems)})
+        restored, problems = list(rebuilt.restored), list(rebuilt.problems)
+        _print_json({"allocations": allocations, "restored": restored, "problems": problems})
     else:
         would = "would have" if args.dry_run else "has"
-        print(f"The ledger {would} {len(rebuilt.allocations)} allocations.")
+        back = f"; restored: {', '.join(rebuilt.restored)}" if rebuilt.restored else ""
+        print(f"The ledger {would} {len(rebuilt.allocations)} allocations{back}.")
         for problem in rebuilt.problems:
             print(f"not restored: {problem}")
     return EXIT_OK

@@ -31,7 +31,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class Rebuilt:
+    """The allocations after it, the containers that got theirs back, and a sentence for each that did not."""
+
     allocations: Mapping[str, Allocation]
+    restored: tuple[str, ...]
     problems: tuple[str, ...]
 
 
@@ -59,7 +62,8 @@ def rebuild(claims: Iterable[Claim], inventory: Inventory, known: Mapping[str, A
             stopped_at=claim.stopped_at,
             container_id=claim.container_id,
         )
-    return Rebuilt(allocations, tuple(problems))
+    restored = tuple(sorted(name for name in allocations if name not in known))
+    return Rebuilt(allocations, restored, tuple(problems))
 
 
 def _problem(claim: Claim, found: list[Device | None], taken: Mapping[str, str]) -> str | None:

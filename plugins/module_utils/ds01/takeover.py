@@ -97,7 +97,9 @@ def _offering(request: Request, limits: Limits, situation: placement.Situation, 
     if not isinstance(granted, Grant):
         return refusal
     held = ", ".join(f"{a.gpu_id} of {a.container}{_until(a, situation)}" for a in granted.given_up)
-    return replace(refusal, hint=f"You hold {held}: take it over with --reuse-held. {refusal.hint}".strip())
+    return replace(
+        refusal, hint=f"You hold {held}: take it over with --reuse-held (in a play: reuse_held). {refusal.hint}".strip()
+    )
 
 
 def _until(hold: Allocation, situation: placement.Situation) -> str:
