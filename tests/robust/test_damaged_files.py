@@ -218,14 +218,6 @@ WRONG = [
     None, True, 0, -1, 10**30, 0.5, "", "x", "../../x", "\0", "1e400", [], [1], ["x"], [[1]], {}, {"x": 1}, [1, 2],
     float("inf"), float("nan"), [float("inf"), 1], "0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z",
 ]  # fmt: skip
-NOT_TEXT = "records.device does not check that it is a text"
-NO_NUMBER = "records.device lets the OverflowError of an infinite number through"
-TOO_LATE = "hold_end and lifecycle add a hold or a timeout to the end of all time"
-KNOWN = {
-    **dict.fromkeys(("uuid", "gpu_uuid", "profile"), NOT_TEXT),
-    **dict.fromkeys(("equivalents", "placement"), NO_NUMBER),
-    **dict.fromkeys(("stopped_at", "pending_since"), TOO_LATE),
-}
 
 
 def _document() -> dict[str, Any]:
@@ -256,9 +248,7 @@ def _with(value: Any, at: tuple[Any, ...]) -> Any:
 def _cases() -> Iterator[Any]:
     for at in _places(_document()):
         if "p._.bob" not in at:
-            why = next((KNOWN[key] for key in at if key in KNOWN and "allocations" in at), None)
-            marks = [pytest.mark.xfail(strict=True, reason=why)] if why else []
-            yield pytest.param(at, id=".".join(map(str, at)) or "the whole file", marks=marks)
+            yield pytest.param(at, id=".".join(map(str, at)) or "the whole file")
 
 
 @pytest.mark.parametrize("at", list(_cases()))

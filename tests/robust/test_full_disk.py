@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,26 +88,13 @@ def told(act: Callable[[], Sequence[Outcome]]) -> Callable[[], list[str]]:
     return call
 
 
-NOT_PUT_BACK = "apply leaves CDI files withdrawn when the ledger cannot be written after that"
-NO_ROOM_TO_PUT_BACK = "apply puts withdrawn CDI files back before it removes those that took their room"
-NO_WAY_BACK = "apply takes a grant back with a further write of the ledger, for which there is no room either"
-LOST = {
-    ("state", "release"): NOT_PUT_BACK,
-    ("state", "a batch that gives one's devices to others"): NOT_PUT_BACK,
-    ("cdi", "a batch that gives one's devices to others"): NO_ROOM_TO_PUT_BACK,
-    ("state and cdi", "a batch that gives one's devices to others"): NO_ROOM_TO_PUT_BACK,
-    ("state and cdi", "the first allocate of a server"): NO_WAY_BACK,
-}
-
-
-def wherever(known: Mapping[tuple[str, str], str]) -> pytest.MarkDecorator:
-    """Each story, with its files on the small disk in turn; `known` says where it is known to fail, and why."""
-    cases = []
-    for places in (("state",), ("cdi",), ("state", "cdi")):
-        for name, story in STORIES.items():
-            why = known.get((" and ".join(places), name))
-            marks = [pytest.mark.xfail(strict=True, reason=why)] if why else []
-            cases.append(pytest.param(places, story, id=f"{' and '.join(places)}-{name}", marks=marks))
+def wherever() -> pytest.MarkDecorator:
+    """Each story, with its files on the small disk in turn."""
+    cases = [
+        pytest.param(places, story, id=f"{' and '.join(places)}-{name}")
+        for places in (("state",), ("cdi",), ("state", "cdi"))
+        for name, story in STORIES.items()
+    ]
     return pytest.mark.parametrize(("host", "story"), cases, indirect=["host"])
 
 
@@ -129,7 +116,7 @@ def refusals(story: Story, here: Installation, disk: Disk, folder: Path) -> Iter
     assert len(answer) == len(story.killed), answer
 
 
-@wherever({})
+@wherever()
 def test_a_refusal_lies_nowhere_and_asking_again_with_room_succeeds(
     story: Story, here: Installation, disk: Disk, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -141,7 +128,7 @@ def test_a_refusal_lies_nowhere_and_asking_again_with_room_succeeds(
         assert not [name for name in here.files() if name.endswith((".new", ".link"))]
 
 
-@wherever(LOST)
+@wherever()
 def test_a_refusal_changes_nothing(
     story: Story, here: Installation, disk: Disk, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -172,12 +159,7 @@ def test_the_command_says_what_to_do(here: Installation, disk: Disk) -> None:
     ("host", "reason"),
     [
         pytest.param(("state",), "ledger_unavailable", id="state"),
-        pytest.param(
-            ("cdi",),
-            "permission_denied",
-            id="cdi",
-            marks=pytest.mark.xfail(strict=True, reason="rebuild lets the OSError of a CDI file through"),
-        ),
+        pytest.param(("cdi",), "permission_denied", id="cdi"),
     ],
     indirect=["host"],
 )

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from ds01 import nvml, overview, processes, units, waiting
 from ds01.allocations import Allocations
+from ds01.cdi import Rewrite
 from ds01.errors import Ds01Error
 from ds01.model import Inventory, Process, Ticket
 from ds01.names import ContainerName
@@ -141,7 +142,7 @@ def test_killed_between_ledger_and_projection_no_container_can_start_on_another_
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ds01.cdi, "project", killed)
+    monkeypatch.setattr(Rewrite, "finish", killed)
     with pytest.raises(KeyboardInterrupt):
         ds01.apply([change("released", "alice"), change("allocated", "bob"), change("allocated", "alice")])
     granted = ledger_says(host)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,20 @@ def cdi(tmp_path: Path) -> Cdi:
     return Cdi(tmp_path / "cdi", (tmp_path / "cdi", tmp_path / "etc"))
 
 
+def project(cdi: Cdi, container: str, uuids: Sequence[str], spec: dict[str, Any] = SPEC) -> None:
+    rewrite = cdi.rewrite()
+    rewrite.project(container, uuids, spec)
+    rewrite.finish()
+
+
+def withdraw(cdi: Cdi, container: str) -> None:
+    rewrite = cdi.rewrite()
+    rewrite.withdraw(container)
+    rewrite.finish()
+
+
 def projected(cdi: Cdi, *uuids: str, spec: dict[str, Any] = SPEC) -> dict[str, Any]:
-    assert cdi.project(CONTAINER, uuids, spec)
+    project(cdi, CONTAINER, uuids, spec)
     return json.loads(cdi.path(CONTAINER).read_text(encoding="utf-8"))
 
 
@@ -93,7 +105,7 @@ def test_devices_with_different_edits_keep_them_all(cdi: Cdi) -> None:
 
 def test_nvidia_s_spec_is_not_changed_by_copying(cdi: Cdi) -> None:
     before = json.dumps(SPEC)
-    cdi.project(CONTAINER, ["MIG-a", "MIG-b", "GPU-1"], SPEC)
+    project(cdi, CONTAINER, ["MIG-a", "MIG-b", "GPU-1"])
     assert json.dumps(SPEC) == before
 
 
@@ -108,7 +120,7 @@ def test_version_is_high_enough_for_annotations(theirs: str, ours: str, cdi: Cdi
 def test_projecting_again_leaves_the_file_alone(cdi: Cdi) -> None:
     projected(cdi, "MIG-a")
     inode = cdi.path(CONTAINER).stat().st_ino
-    assert not cdi.project(CONTAINER, ["MIG-a"], SPEC)
+    project(cdi, CONTAINER, ["MIG-a"])
     assert cdi.path(CONTAINER).stat().st_ino == inode
 
 
@@ -135,23 +147,37 @@ def test_a_planted_link_is_not_followed(cdi: Cdi, tmp_path: Path) -> None:
     (tmp_path / "cdi").mkdir()
     (tmp_path / "cdi" / ".ds01-p._.alice.json.new").symlink_to(victim)
     with pytest.raises(OSError):
-        cdi.project(CONTAINER, ["MIG-a"], SPEC)
+        project(cdi, CONTAINER, ["MIG-a"])
     assert victim.read_bytes() == b"untouched"
     assert not cdi.path(CONTAINER).exists()
 
 
 def test_withdraw(cdi: Cdi) -> None:
-    assert not cdi.withdraw(CONTAINER)
+    withdraw(cdi, CONTAINER)
     projected(cdi, "MIG-a")
-    assert cdi.withdraw(CONTAINER)
-    assert not cdi.path(CONTAINER).exists()
-    assert not cdi.withdraw(CONTAINER)
+    withdraw(cdi, CONTAINER)
+    assert list(cdi.directory.iterdir()) == []
+
+
+def test_what_is_prepared_is_not_there_yet_and_what_is_withdrawn_comes_back(cdi: Cdi) -> None:
+    projected(cdi, "MIG-a")
+    inode = cdi.path(CONTAINER).stat().st_ino
+    rewrite = cdi.rewrite()
+    rewrite.project(CONTAINER, ["MIG-b"], SPEC)
+    rewrite.project("q._.alice", ["MIG-a"], SPEC)
+    assert cdi.projected(CONTAINER) == ("MIG-a",)
+    rewrite.withdraw(CONTAINER)
+    assert cdi.containers() == []
+    rewrite.undo()
+    assert (cdi.containers(), cdi.projected(CONTAINER)) == ([CONTAINER], ("MIG-a",))
+    assert cdi.path(CONTAINER).stat().st_ino == inode
+    assert len(list(cdi.directory.iterdir())) == 1
 
 
 def test_withdraw_takes_only_this_container_s_device(cdi: Cdi) -> None:
     for container in ("p._.alice", "p._.alice2", "pp._.alice"):
-        cdi.project(container, ["MIG-a"], SPEC)
-    cdi.withdraw("p._.alice")
+        project(cdi, container, ["MIG-a"])
+    withdraw(cdi, "p._.alice")
     assert [cdi.projected(c) for c in ("p._.alice", "p._.alice2", "pp._.alice")] == [None, ("MIG-a",), ("MIG-a",)]
 
 
@@ -219,7 +245,7 @@ def test_nvidia_s_spec_is_found(place: str, name: str, text: str, cdi: Cdi, tmp_
 
 
 def test_a_spec_of_another_kind_and_our_own_are_passed_over(cdi: Cdi, tmp_path: Path) -> None:
-    cdi.project(CONTAINER, ["MIG-a"], SPEC)
+    project(cdi, CONTAINER, ["MIG-a"])
     (tmp_path / "cdi" / "nvidia-imex.json").write_text('{"kind": "nvidia.com/imex-channel"}', encoding="utf-8")
     (tmp_path / "cdi" / "nvidia-list.json").write_text("[]", encoding="utf-8")
     assert cdi.nvidia_spec() is None

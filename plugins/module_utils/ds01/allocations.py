@@ -30,7 +30,7 @@ from . import (
     rebuild,
     records,
 )
-from .cdi import Cdi
+from .cdi import Cdi, Rewrite
 from .errors import Ds01Error, invalid_input
 from .ledger import Transaction
 from .model import Allocation, Inventory, Ledger, Refusal
@@ -135,32 +135,53 @@ class Allocations:
             if transaction.ledger != first:
                 seen = self._observe(changes, transaction.ledger, sources)  # what was seen may be older than that
             plan = self._plan(changes, transaction.ledger, seen, sources)
-            self._commit(plan, transaction)
+            moved = _moved(transaction.ledger, plan.ledger)
+            self._carry_out(transaction, plan.ledger, plan.now, moved, _to_project(plan, moved), plan.spec)
         self._record_events(plan)
         problem = self.events.problem
         return [replace(o, warnings=(*o.warnings, problem)) for o in plan.outcomes] if problem else plan.outcomes
 
-    def _commit(self, plan: _Plan, transaction: Transaction) -> None:
+    def _carry_out(
+        self,
+        transaction: Transaction,
+        final: Ledger,
+        now: datetime,
+        withdraw: Iterable[str],
+        project: Iterable[Allocation],
+        spec: Mapping[str, Any] | None,
+    ) -> None:
         """Ledger and CDI files, both or none; killed at any point, no file says more than the ledger."""
-        before = transaction.ledger
-        moved = _moved(before, plan.ledger)
-        specs = {name: self.cdi.content(name) for name in (*moved, *(o.name.full for o in plan.outcomes))}
-        for container in moved:
-            # Killed before the new one is written, it cannot start, rather than on what it had.
-            self.cdi.withdraw(container)
-        transaction.commit(plan.ledger, plan.now)
+        rewrite = self.cdi.rewrite()
         try:
-            self._project(_to_project(plan, moved), plan.spec)
+            self._prepare(rewrite, project, spec)
+            for container in withdraw:
+                # Killed before the new one is in place, it cannot start, rather than on what it had.
+                rewrite.withdraw(container)
+            transaction.commit(final, now)
+        except (OSError, Ds01Error) as exc:
+            with contextlib.suppress(OSError):
+                rewrite.undo()
+            raise self._unwritable(exc, "nothing was changed") from None
+        try:
+            rewrite.finish()
         except OSError as exc:
-            transaction.commit(before, plan.now)
-            for container, content in specs.items():
-                with contextlib.suppress(OSError):
-                    self.cdi.restore(container, content)
-            raise Ds01Error(
-                "permission_denied",
-                f"The CDI directory {self.paths.cdi} cannot be written: {exc.strerror}.",
-                "Run as root, or name another directory with DS01_CDI_DIR; nothing was allocated.",
-            ) from None
+            raise self._unwritable(exc, "the ledger has it: ask again once that is mended") from None
+
+    def _prepare(self, rewrite: Rewrite, allocations: Iterable[Allocation], spec: Mapping[str, Any] | None) -> None:
+        """Their devices, as far as NVIDIA's spec has them. Raises OSError."""
+        for allocation in allocations:
+            uuids = [d.uuid for d in allocation.devices]
+            if spec is not None and self.cdi.problem(uuids, spec) is None:
+                rewrite.project(allocation.container, uuids, spec)
+
+    def _unwritable(self, exc: OSError | Ds01Error, outcome: str) -> Ds01Error:
+        if isinstance(exc, Ds01Error):
+            return exc
+        return Ds01Error(
+            "permission_denied",
+            f"The CDI directory {self.paths.cdi} cannot be written: {exc.strerror}.",
+            f"Run as root, make room, or name another directory with DS01_CDI_DIR; {outcome}.",
+        )
 
     def leave(self, containers: Collection[str]) -> None:
         """Take these containers' requests out of the queue."""
@@ -179,8 +200,8 @@ class Allocations:
             after_ = replace(before, allocations=rebuilt.allocations)
             if rebuilt.allocations:
                 after_ = replace(after_, boot_id=processes.boot_id(), engine_id=self.engine.identity())
-            Transaction(self.store, before).commit(after_, time)
-            self._project(rebuilt.allocations.values(), self.cdi.nvidia_spec())
+            everybody, wrong = rebuilt.allocations.values(), self._wrongly_projected(rebuilt.allocations)
+            self._carry_out(Transaction(self.store, before), after_, time, wrong, everybody, self.cdi.nvidia_spec())
         if rebuilt.restored or kept or (lost and rebuilt.problems):  # a new server has no ledger either, and lost none
             self.events.write(
                 "ledger.rebuilt",
@@ -191,6 +212,12 @@ class Allocations:
                 kept=str(kept or ""),
             )
         return rebuilt
+
+    def _wrongly_projected(self, allocations: Mapping[str, Allocation]) -> list[str]:
+        """Containers whose CDI device says something else: what it names may be somebody else's next."""
+        had = {container: self.cdi.projected(container) for container in self.cdi.containers()}
+        has = {a.container: tuple(d.uuid for d in a.devices) for a in allocations.values()}
+        return [container for container in had if had[container] != has.get(container)]
 
     def foresee_rebuild(self) -> rebuild.Rebuilt:
         """What `rebuild` would restore now. Writes nothing."""
@@ -318,13 +345,6 @@ class Allocations:
             return outcome
         hint = "Write it anew with: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
         return refused(outcome.name, Refusal("driver_unavailable", problem, hint), outcome.before)
-
-    def _project(self, allocations: Iterable[Allocation], spec: Mapping[str, Any] | None) -> None:
-        """Write their devices, as far as NVIDIA's spec has them. Raises OSError."""
-        for allocation in allocations:
-            uuids = [d.uuid for d in allocation.devices]
-            if spec is not None and self.cdi.problem(uuids, spec) is None:
-                self.cdi.project(allocation.container, uuids, spec)
 
     def _record_events(self, plan: _Plan) -> None:
         for outcome in (*plan.due, *plan.outcomes):

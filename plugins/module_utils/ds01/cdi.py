@@ -6,6 +6,7 @@ is copied by UUID out of the spec that `nvidia-ctk cdi generate` wrote; nothing 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -63,40 +64,22 @@ class Cdi:
         missing = [uuid for uuid in uuids if uuid not in known]
         return f"NVIDIA's CDI spec does not hold {', '.join(missing)}." if missing else None
 
-    def project(self, container: str, uuids: Iterable[str], spec: Mapping[str, Any]) -> bool:
-        """Write the container's device; False when the file already says just that.
+    def rewrite(self) -> Rewrite:
+        """Begin to change several containers' devices together, and clear away what a killed one left.
 
-        `spec` holds every UUID (see `problem`). Raises OSError.
+        Raises OSError.
         """
-        content = json.dumps(_container_spec(container, uuids, spec)).encode() + b"\n"
-        target = self.path(container)
-        if self.content(container) == content:
-            return False
-        files.make_directory(self._directory, 0o755)
-        files.replace(target, content, 0o644)
-        return True
+        for leftover in self._directory.glob(".ds01-*"):
+            leftover.unlink(missing_ok=True)
+        return Rewrite(self)
 
-    def content(self, container: str) -> bytes | None:
-        """The container's spec file as it is; None when there is none."""
-        try:
-            return self.path(container).read_bytes()
-        except FileNotFoundError:
-            return None
+    @property
+    def directory(self) -> Path:
+        return self._directory
 
-    def restore(self, container: str, content: bytes | None) -> None:
-        """Put the spec file back as `content` had it. Raises OSError."""
-        if content is None:
-            self.withdraw(container)
-        elif self.content(container) != content:
-            files.replace(self.path(container), content, 0o644)
-
-    def withdraw(self, container: str) -> bool:
-        """Take the container's device away: its next start fails. False when there was none."""
-        try:
-            self.path(container).unlink()
-        except FileNotFoundError:
-            return False
-        return True
+    def containers(self) -> list[str]:
+        """Those that have a device now. Raises OSError."""
+        return [file.name[len("ds01-") : -len(".json")] for file in self._directory.glob("ds01-*.json")]
 
     def projected(self, container: str) -> tuple[str, ...] | None:
         """The UUIDs that the container's next start would get, or None when it would fail."""
@@ -105,6 +88,53 @@ class Cdi:
             return tuple(spec["annotations"]["ds01.io/uuids"].split(","))
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+
+class Rewrite:
+    """Several containers' devices, changed together: all that can fail comes before the ledger's own write.
+
+    What is new is prepared beside its place, what is taken away steps out of sight; `finish` and `undo`
+    only rename and remove, which needs no space. Under the ledger's lock.
+    """
+
+    def __init__(self, cdi: Cdi) -> None:
+        self._cdi = cdi
+        self._prepared: dict[Path, Path] = {}
+        self._hidden: dict[Path, Path] = {}
+
+    def project(self, container: str, uuids: Iterable[str], spec: Mapping[str, Any]) -> None:
+        """Prepare the container's device; nothing where the file already says just that.
+
+        `spec` holds every UUID (see `Cdi.problem`). Raises OSError.
+        """
+        content = json.dumps(_container_spec(container, uuids, spec)).encode() + b"\n"
+        target = self._cdi.path(container)
+        if target.exists() and target.read_bytes() == content:
+            return
+        files.make_directory(self._cdi.directory, 0o755)
+        self._prepared[target] = files.prepare(target, content, 0o644)
+
+    def withdraw(self, container: str) -> None:
+        """Take the container's device away: from now on its start fails. Raises OSError."""
+        target = self._cdi.path(container)
+        hidden = target.with_name(f".{target.name}.old")
+        with contextlib.suppress(FileNotFoundError):
+            target.replace(hidden)
+            self._hidden[target] = hidden
+
+    def finish(self) -> None:
+        """Put what is new in its place, and drop what was taken away. Raises OSError."""
+        for target, prepared in self._prepared.items():
+            prepared.replace(target)
+        for hidden in self._hidden.values():
+            hidden.unlink(missing_ok=True)
+
+    def undo(self) -> None:
+        """As it was before. Raises OSError."""
+        for prepared in self._prepared.values():
+            prepared.unlink(missing_ok=True)
+        for target, hidden in self._hidden.items():
+            hidden.replace(target)
 
 
 def _check_readable(directory: Path) -> None:

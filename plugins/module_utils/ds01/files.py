@@ -10,8 +10,23 @@ from pathlib import Path
 def replace(path: Path, data: bytes, mode: int, *, durable: bool = False) -> None:
     """Put `data` in place of `path`'s content, with `mode` whatever the umask. Raises OSError.
 
-    `durable` waits until content and name are on the disk. The temporary name does not carry the
-    target's ending, so that nobody who reads a whole directory takes it for a finished file.
+    `durable` waits until content and name are on the disk.
+    """
+    temporary = prepare(path, data, mode, durable=durable)
+    try:
+        temporary.replace(path)
+    except OSError:
+        _remove(temporary)
+        raise
+    if durable:
+        _sync(path.parent)
+
+
+def prepare(path: Path, data: bytes, mode: int, *, durable: bool = False) -> Path:
+    """Write `data` beside `path`, to be renamed into its place; where it lies. Raises OSError, and leaves nothing.
+
+    The temporary name does not carry the target's ending, so that nobody who reads a whole directory
+    takes it for a finished file.
     """
     temporary = path.with_name(f".{path.name}.new")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
@@ -22,13 +37,15 @@ def replace(path: Path, data: bytes, mode: int, *, durable: bool = False) -> Non
             if durable:
                 file.flush()
                 os.fsync(fd)
-        temporary.replace(path)
     except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        _remove(temporary)
         raise
-    if durable:
-        _sync(path.parent)
+    return temporary
+
+
+def _remove(temporary: Path) -> None:
+    with contextlib.suppress(OSError):
+        temporary.unlink()
 
 
 def make_directory(path: Path, mode: int) -> None:

@@ -63,7 +63,7 @@ def _pending(
     allocation: Allocation, since: datetime, container: Seen | None, config: Config, time: datetime
 ) -> Outcome | None:
     timeout = config.policies.pending_timeout
-    if timeout is None or since + timeout > time:
+    if timeout is None or time - since < timeout:
         return None
     if container is None:
         return _over(allocation, "its container was never made")

@@ -159,13 +159,13 @@ def device(raw: Mapping[str, Any]) -> Device:
     try:
         equivalents = Fraction(raw.get("equivalents") or 1)
         start_and_size = None if placement is None else (int(placement[0]), int(placement[1]))
-    except (ZeroDivisionError, IndexError, TypeError):
+    except (ZeroDivisionError, IndexError, TypeError, OverflowError):
         raise ValueError(f"the record of device {identity} cannot be read") from None
     return Device(
         id=identity,
-        uuid=raw.get("uuid") or "",
-        gpu_uuid=raw.get("gpu_uuid") or "",
-        profile=raw.get("profile") or FULL,
+        uuid=_as(str, raw.get("uuid") or "", "a device's uuid"),
+        gpu_uuid=_as(str, raw.get("gpu_uuid") or "", "a device's gpu_uuid"),
+        profile=_as(str, raw.get("profile") or FULL, "a device's profile"),
         placement=start_and_size,
         equivalents=equivalents,
     )

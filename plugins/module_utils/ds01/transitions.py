@@ -189,7 +189,7 @@ def hold_end(allocation: Allocation, config: Config) -> datetime | None:
     if stopped is None:
         return None
     hold = gpu_hold(config, allocation.user)
-    ends = [stopped + hold] if hold is not None else []
+    ends = [units.after(stopped, hold)] if hold is not None else []
     for reservation in config.reservations:
         booked = any(reservation.names(d) for d in allocation.devices)
         if booked and reservation.user != allocation.user and reservation.end > stopped:

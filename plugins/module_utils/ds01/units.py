@@ -77,3 +77,11 @@ def parse_time(text: str) -> datetime:
 def format_time(value: datetime) -> str:
     """UTC to the second: `2025-11-21T10:30:00Z`."""
     return value.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def after(when: datetime, span: timedelta) -> datetime:
+    """`when` plus `span`, at most the last day that a date can name."""
+    try:
+        return when + span
+    except OverflowError:
+        return datetime.max.replace(tzinfo=timezone.utc)
