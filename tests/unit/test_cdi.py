@@ -150,6 +150,9 @@ def test_a_planted_link_is_not_followed(cdi: Cdi, tmp_path: Path) -> None:
         project(cdi, CONTAINER, ["MIG-a"])
     assert victim.read_bytes() == b"untouched"
     assert not cdi.path(CONTAINER).exists()
+    cdi.clear()
+    project(cdi, CONTAINER, ["MIG-a"])
+    assert victim.read_bytes() == b"untouched"
 
 
 def test_withdraw(cdi: Cdi) -> None:

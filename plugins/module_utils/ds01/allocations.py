@@ -153,6 +153,7 @@ class Allocations:
         """Ledger and CDI files, both or none; killed at any point, no file says more than the ledger."""
         rewrite = self.cdi.rewrite()
         try:
+            self.cdi.clear()
             self._prepare(rewrite, project, spec)
             for container in withdraw:
                 # Killed before the new one is in place, it cannot start, rather than on what it had.

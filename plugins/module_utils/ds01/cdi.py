@@ -65,13 +65,13 @@ class Cdi:
         return f"NVIDIA's CDI spec does not hold {', '.join(missing)}." if missing else None
 
     def rewrite(self) -> Rewrite:
-        """Begin to change several containers' devices together, and clear away what a killed one left.
+        """Begin to change several containers' devices together."""
+        return Rewrite(self)
 
-        Raises OSError.
-        """
+    def clear(self) -> None:
+        """Remove what a killed `Rewrite` left behind. Under the ledger's lock; raises OSError."""
         for leftover in self._directory.glob(".ds01-*"):
             leftover.unlink(missing_ok=True)
-        return Rewrite(self)
 
     @property
     def directory(self) -> Path:
