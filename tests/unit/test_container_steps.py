@@ -73,6 +73,16 @@ def test_only_who_asks_for_it_loses_a_container(recreate: str, differs: bool, an
     assert found == (("allocate", "remove", "create", "start") if anew else ())
 
 
+@pytest.mark.parametrize("state", ["present", "started", "restarted"])
+def test_what_a_request_left_that_died_is_made_anew(state: str) -> None:
+    """Nothing ran in it yet, and its user was not made known inside."""
+    found = steps(wish(state), "created", differs=False, finished=False)
+    assert found == (("remove", "create") if state == "present" else ("allocate", "remove", "create", "start"))
+    with pytest.raises(Ds01Error) as caught:
+        steps(wish(state, image=False), "created", differs=False, finished=False)
+    assert caught.value.reason == "container_missing"
+
+
 @pytest.mark.parametrize("status", STATUSES)
 def test_what_was_done_is_not_done_again(status: str) -> None:
     """After a start the engine shows running, after a stop exited: nothing is left to do."""

@@ -349,23 +349,23 @@ class Allocations:
 
     def _record_events(self, plan: _Plan) -> None:
         for outcome in (*plan.due, *plan.outcomes):
-            for event, allocation, message in _events(outcome):
+            for event, allocation, reason, message in _events(outcome):
                 self.events.write(
                     event,
                     plan.now,
                     user=allocation.user if allocation else outcome.name.user,
                     container=allocation.container if allocation else outcome.name.full,
                     devices=[records.device_record(d) for d in allocation.devices] if allocation else None,
-                    reason=outcome.reason,
+                    reason=reason,
                     message=message,
                 )
 
 
-def _events(outcome: Outcome) -> Iterator[tuple[str, Allocation | None, str]]:
-    """What the audit log says of an outcome: the event, the allocation it is about, a sentence."""
+def _events(outcome: Outcome) -> Iterator[tuple[str, Allocation | None, str, str]]:
+    """What the audit log says of an outcome: the event, the allocation it is about, why, a sentence."""
     for hold in outcome.given_up:
         by = f"{outcome.name.full} of {outcome.name.user}"
-        yield "gpu.reclaimed", hold, f"{hold.gpu_id}, held for {hold.container}, was taken over for {by}."
+        yield "gpu.reclaimed", hold, "reclaimed", f"{hold.gpu_id}, held for {hold.container}, was taken over for {by}."
     event = _EVENTS.get(outcome.reason) if outcome.changed else None
     if event == "gpu.allocated" and outcome.before:
         event = "gpu.rebound"
@@ -374,7 +374,7 @@ def _events(outcome: Outcome) -> Iterator[tuple[str, Allocation | None, str]]:
     elif not outcome.ok:
         event = "gpu.refused"
     if event:
-        yield event, outcome.allocation or outcome.before, outcome.message
+        yield event, outcome.allocation or outcome.before, outcome.reason, outcome.message
 
 
 def _moved(before: Ledger, after_: Ledger) -> list[str]:

@@ -19,6 +19,7 @@ from . import (
     confinement,
     container_spec,
     engine,
+    exclusion,
     files,
     names,
     placement,
@@ -105,18 +106,20 @@ class Report:
         return text
 
 
-def steps(wish: Wish, status: str | None, differs: bool) -> tuple[str, ...]:
+def steps(wish: Wish, status: str | None, differs: bool, finished: bool = True) -> tuple[str, ...]:
     """What has to be done, given the engine's status (None: no container). Pure.
 
-    `differs` says that the container was made from another wish. Raises Ds01Error
-    `container_missing` or `container_busy`.
+    `differs` says that the container was made from another wish; one that is not `finished` was left
+    by a request that died, before anything ran in it. Raises Ds01Error `container_missing` or
+    `container_busy`.
     """
     if wish.state == "absent":
         # A container that somebody removed by hand may have left its allocation behind.
         return ("remove", "release") if status else ("release",)
     if status == "removing":
         raise Ds01Error("container_busy", f"{wish.name.full} is being removed.", "Try again in a moment.")
-    if status and wish.request and (wish.recreate == "always" or (wish.recreate == "on_change" and differs)):
+    anew = wish.recreate == "always" or (wish.recreate == "on_change" and differs)
+    if status and (not finished or (wish.request and anew)):
         # Its devices first: where the new one could have none, the old one stays.
         made = _steps_to_make(wish)
         return tuple(step for step in ("allocate", "remove", "create", "start") if step in ("remove", *made))
@@ -154,11 +157,19 @@ class Containers:
 
     def apply(self, wishes: Sequence[Wish]) -> list[Report]:
         """Carry the wishes out, one after the other. A failure does not stop the others."""
-        return [self._each(wish, self._carry_out) for wish in wishes]
+        return [self._alone(wish) for wish in wishes]
 
     def preview(self, wishes: Sequence[Wish]) -> list[Report]:
         """What `apply` would do now; writes nothing."""
         return [self._each(wish, self._foresee) for wish in wishes]
+
+    def _alone(self, wish: Wish) -> Report:
+        """One wish, while no other request works on its container."""
+        try:
+            with exclusion.alone(self._allocations.paths.state / "containers.lock", wish.name.full):
+                return self._each(wish, self._carry_out)
+        except Ds01Error as exc:
+            return Report(wish.name, error=exc)
 
     def _each(self, wish: Wish, run: Callable[[Wish, _Plan, Report], None]) -> Report:
         report = Report(wish.name)
@@ -181,12 +192,23 @@ class Containers:
             )
         spec = self._spec(wish.request) if wish.request else None
         differs = bool(existing and spec and existing.labels.get("ds01.intent") != spec["Labels"]["ds01.intent"])
-        plan = _Plan(existing, spec, steps(wish, existing.status if existing else None, differs))
+        status, finished = (existing.status, self._finished(wish.name, existing)) if existing else (None, True)
+        plan = _Plan(existing, spec, steps(wish, status, differs, finished))
         if differs and "create" not in plan.steps:
             plan.warnings.append(
                 f"{wish.name.full} was made from another request; it stays as it is (recreate: {wish.recreate})."
             )
         return plan
+
+    def _finished(self, name: names.ContainerName, container: engine.Container) -> bool:
+        """Whether the request that made it came to its record, the last thing before the first start."""
+        if container.status != "created":
+            return True
+        try:
+            record = json.loads(self._metadata_path(name).read_bytes())
+            return record["container_id"] == container.id
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def _foresee(self, wish: Wish, plan: _Plan, report: Report) -> None:
         held = self._allocations.allocation(wish.name.full)
