@@ -229,7 +229,7 @@ class Allocations:
     def _rebuilt(self, before: Ledger, inventory: Inventory, lost: bool) -> rebuild.Rebuilt:
         """What is known, and what containers claim. A ledger that is whole says who gave a device back:
         then only a container that runs can still have one."""
-        claimed = [claim for claim in self._claims() if lost or claim.stopped_at is None]
+        claimed = [claim for claim in self._claims() if lost or claim.runs]
         return rebuild.rebuild(claimed, inventory, resolved(before, inventory).allocations)
 
     def _claims(self) -> list[rebuild.Claim]:
