@@ -272,10 +272,10 @@ def _unusable(change: Change, current: Allocation, limits: Limits, situation: pl
     if problem or not change.startable:
         return problem
     for device in current.devices:
-        for booked in situation.reservations:
-            soon = booked.meets(current.allocated_at, limits.max_runtime) and booked.end > situation.now
-            if booked.user != current.user and booked.names(device) and (booked.covers(situation.now) or soon):
-                return f"device {device.id} is reserved from {units.format_time(booked.start)} on"
+        # Its run begins with this start, whenever it was allocated.
+        booked = placement.bookings(device, limits, situation)
+        if booked:
+            return f"device {device.id} is reserved from {units.format_time(min(b.start for b in booked))} on"
     return None
 
 
