@@ -277,9 +277,10 @@ def _in_the_way(seen: _Seen, situation: Situation) -> str:
 
 
 def _ends(seen: _Seen, limits: Limits, situation: Situation) -> list[datetime]:
-    """When holds and reservations end that are in the way."""
+    """When holds and reservations end that are in the way. One that is over, and was not yet given back,
+    is no promise."""
     holders = {a.container for d, _ in seen if (a := situation.ledger.holder_of(d))}
-    ends = [end for container, end in situation.hold_ends.items() if container in holders]
+    ends = [end for name, end in situation.hold_ends.items() if name in holders and end > situation.now]
     return ends + [r.end for d, o in seen if o == BOOKED for r in bookings(d, limits, situation)]
 
 
