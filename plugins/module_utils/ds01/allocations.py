@@ -199,6 +199,8 @@ class Allocations:
             before = self.store.read()
             rebuilt = self._rebuilt(before, driver.inventory(), lost)
             after_ = replace(before, allocations=rebuilt.allocations)
+            if before.boot_id not in ("", processes.boot_id()):
+                after_ = replace(after_, queue=())  # its processes are of the earlier boot
             if rebuilt.allocations:
                 after_ = replace(after_, boot_id=processes.boot_id(), engine_id=self.engine.identity())
             everybody, wrong = rebuilt.allocations.values(), self._wrongly_projected(rebuilt.allocations)
@@ -229,7 +231,7 @@ class Allocations:
     def _rebuilt(self, before: Ledger, inventory: Inventory, lost: bool) -> rebuild.Rebuilt:
         """What is known, and what containers claim. A ledger that is whole says who gave a device back:
         then only a container that runs can still have one."""
-        claimed = [claim for claim in self._claims() if lost or claim.stopped_at is None]
+        claimed = [claim for claim in self._claims() if lost or claim.runs]
         return rebuild.rebuild(claimed, inventory, resolved(before, inventory).allocations)
 
     def _claims(self) -> list[rebuild.Claim]:
@@ -312,16 +314,16 @@ class Allocations:
         for outcome in due:
             now = after(now, outcome)
         situation = self.situation(now, seen, time)
+        # Those who are gone leave the ledger too: whoever waits again for the same container stands anew.
+        situation = replace(situation, ledger=replace(now, queue=situation.queue))
         outcomes = []
         for change in changes:
             others = other_containers(change.name, seen.containers, situation.ledger)
             outcome = decide(seen.completed(change), self.config, replace(situation, containers=others))
             outcome = self._projectable(outcome, sources.spec)
-            situation = _followed(situation, outcome)
+            situation = self._followed(situation, outcome)
             outcomes.append(outcome)
         final = situation.ledger
-        if final.queue != before.queue:
-            final = replace(final, queue=tuple(situation.queue))
         # Only what was looked up in this boot may be projected in it.
         rebooted = bool(sources.driver and before.allocations) and before.boot_id != boot
         if rebooted or (sources.driver and _differs(final, before)):
@@ -329,6 +331,13 @@ class Allocations:
         if _differs(final, before):
             final = replace(final, engine_id=seen.engine_id or before.engine_id)
         return _Plan(outcomes, due, final, sources.spec, time, rebooted)
+
+    def _followed(self, situation: placement.Situation, outcome: Outcome) -> placement.Situation:
+        """The situation once the outcome is carried out."""
+        now = after(situation.ledger, outcome)
+        if now is situation.ledger:
+            return situation
+        return replace(situation, ledger=now, queue=now.queue, hold_ends=hold_ends(now, self.config))
 
     def _due(self, now: Ledger, changes: Sequence[Change], seen: Observation, time: datetime) -> list[Outcome]:
         """What is over or was seen to have changed; whoever asks again keeps his."""
@@ -345,7 +354,8 @@ class Allocations:
         if problem is None:
             return outcome
         hint = "Write it anew with: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
-        return refused(outcome.name, Refusal("driver_unavailable", problem, hint), outcome.before)
+        refusal = refused(outcome.name, Refusal("driver_unavailable", problem, hint), outcome.before)
+        return replace(refusal, ticket=outcome.ticket)
 
     def _record_events(self, plan: _Plan) -> None:
         for outcome in (*plan.due, *plan.outcomes):
@@ -382,15 +392,6 @@ def _moved(before: Ledger, after_: Ledger) -> list[str]:
     had = {name: a.devices for name, a in before.allocations.items()}
     has = {name: a.devices for name, a in after_.allocations.items()}
     return sorted(name for name in had if has.get(name) != had[name])
-
-
-def _followed(situation: placement.Situation, outcome: Outcome) -> placement.Situation:
-    """The situation once the outcome is carried out."""
-    now = after(situation.ledger, outcome)
-    if now is situation.ledger:
-        return situation
-    queue = tuple(w for w in now.queue if w in situation.queue or w is outcome.waiter)
-    return replace(situation, ledger=now, queue=queue)
 
 
 def _differs(one: Ledger, other: Ledger) -> bool:

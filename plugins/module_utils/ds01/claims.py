@@ -33,6 +33,7 @@ def _claim(container: engine.Container, metadata: Path, priority_of: Callable[[s
         priority=priority_of(container.user),
         created_at=units.parse_time(created) if created else now,
         stopped_at=(container.finished_at or now) if stopped else None,
+        pending_since=None if stopped or container.status in engine.RUNNING else now,
     )
 
 

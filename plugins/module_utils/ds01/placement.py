@@ -178,22 +178,44 @@ def _fits(device: Device, wish: str, limits: Limits) -> bool:
 
 def _pick(count: int, open_: Iterable[Device], limits: Limits, situation: Situation) -> list[Device]:
     """The devices, one after the other: preferred or booked for this user, then smallest, then by
-    strategy, then lowest index."""
+    strategy, then lowest index; as far as possible within the user's GPU-equivalents."""
     load = Counter(situation.ledger.load)
     sign = -1 if situation.policy.strategy == "packed" else 1
     mine = [r for r in situation.reservations if r.user == limits.user and r.covers(situation.now)]
     ahead = {**{d.uuid: -1 for d in open_ if any(r.names(d) for r in mine)}, **situation.preferred}
     remaining = list(open_)
     chosen: list[Device] = []
-    for _ in range(count):
+    for more in reversed(range(count)):
+        left = _equivalents_left(limits, situation, chosen)
         best = min(
-            remaining,
+            _affordable(remaining, more, left) or remaining,
             key=lambda d: (ahead.get(d.uuid, len(ahead)), d.equivalents, sign * load[d.gpu_uuid], d.index),
         )
         remaining.remove(best)
         chosen.append(best)
         load[best.gpu_uuid] += 1
     return sorted(chosen, key=lambda d: d.index)
+
+
+def _equivalents_left(limits: Limits, situation: Situation, chosen: Iterable[Device]) -> Fraction | None:
+    """What the user may have besides all that is allocated and chosen; None: any number."""
+    if limits.max_gpu_equivalents is None:
+        return None
+    mine = (d for a in situation.ledger.of_user(limits.user) for d in a.devices)
+    return limits.max_gpu_equivalents - sum((d.equivalents for d in (*mine, *chosen)), Fraction(0))
+
+
+def _affordable(devices: Sequence[Device], more: int, left: Fraction | None) -> list[Device]:
+    """Those that leave enough for as many more of the smallest others."""
+    if left is None:
+        return list(devices)
+    smallest = sorted(devices, key=lambda d: d.equivalents)[: more + 1]
+
+    def cost(device: Device) -> Fraction:
+        others = [d for d in smallest if d is not device][:more]
+        return sum((d.equivalents for d in others), device.equivalents)
+
+    return [device for device in devices if cost(device) <= left]
 
 
 def _equivalents_allowed(chosen: Iterable[Device], limits: Limits, situation: Situation) -> Refusal | None:
@@ -277,9 +299,10 @@ def _in_the_way(seen: _Seen, situation: Situation) -> str:
 
 
 def _ends(seen: _Seen, limits: Limits, situation: Situation) -> list[datetime]:
-    """When holds and reservations end that are in the way."""
+    """When holds and reservations end that are in the way. One that is over, and was not yet given back,
+    is no promise."""
     holders = {a.container for d, _ in seen if (a := situation.ledger.holder_of(d))}
-    ends = [end for container, end in situation.hold_ends.items() if container in holders]
+    ends = [end for name, end in situation.hold_ends.items() if name in holders and end > situation.now]
     return ends + [r.end for d, o in seen if o == BOOKED for r in bookings(d, limits, situation)]
 
 

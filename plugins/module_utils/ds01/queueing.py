@@ -43,7 +43,12 @@ def limits_of(waiter: Waiter, config: Config) -> Limits:
 
 
 def keeping(waiters: Sequence[Waiter], config: Config, situation: placement.Situation) -> placement.Situation:
-    """The situation for whoever comes after these waiters: with their devices kept."""
+    """The situation for whoever comes after these waiters: with their devices kept.
+
+    How many containers they have is theirs to be asked when it is their turn: here it is not known.
+    """
+    containers = situation.containers
+    situation = replace(situation, containers=0)
     for waiter in waiters:
         limits = limits_of(waiter, config)
         decision = takeover.decide(waiter.request, limits, situation)
@@ -54,4 +59,4 @@ def keeping(waiters: Sequence[Waiter], config: Config, situation: placement.Situ
         else:
             continue  # nothing that may become free would help
         situation = replace(situation, kept={*situation.kept, *kept})
-    return situation
+    return replace(situation, containers=containers)

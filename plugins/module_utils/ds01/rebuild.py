@@ -18,7 +18,10 @@ from .model import Allocation, Device, Inventory
 
 @dataclass(frozen=True)
 class Claim:
-    """What one container on the engine says of itself. `stopped_at` is None while it runs."""
+    """What one container on the engine says of itself.
+
+    `stopped_at` is set once it stopped; `pending_since` for one that never ran, and may be about to.
+    """
 
     container: str
     container_id: str
@@ -27,6 +30,11 @@ class Claim:
     priority: int
     created_at: datetime
     stopped_at: datetime | None = None
+    pending_since: datetime | None = None
+
+    @property
+    def runs(self) -> bool:
+        return self.stopped_at is None and self.pending_since is None
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ def rebuild(claims: Iterable[Claim], inventory: Inventory, known: Mapping[str, A
     taken = {d.uuid: a.container for a in known.values() for d in a.devices}
     problems: list[str] = []
     new = (claim for claim in claims if claim.container not in known)
-    for claim in sorted(new, key=lambda c: (c.stopped_at is not None, c.created_at, c.container)):
+    for claim in sorted(new, key=lambda c: (not c.runs, c.created_at, c.container)):
         found = [inventory.locate(device) for device in claim.devices]
         problem = _problem(claim, found, taken)
         if problem:
@@ -61,6 +69,7 @@ def rebuild(claims: Iterable[Claim], inventory: Inventory, known: Mapping[str, A
             allocated_at=claim.created_at,
             stopped_at=claim.stopped_at,
             container_id=claim.container_id,
+            pending_since=claim.pending_since,
         )
     restored = tuple(sorted(name for name in allocations if name not in known))
     return Rebuilt(allocations, restored, tuple(problems))

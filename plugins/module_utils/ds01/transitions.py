@@ -135,7 +135,8 @@ def decide(change: Change, config: Config, situation: placement.Situation) -> Ou
     if refusal:
         return refused(change.name, refusal, current)
     if change.state == "allocated":
-        return _allocate(change, _adjusted(limits, change), current, situation, config)
+        outcome = _allocate(change, _adjusted(limits, change), current, situation, config)
+        return replace(outcome, ticket=change.ticket)
     if current is None:
         return _nothing_there(change)
     if change.state == "held":
@@ -170,11 +171,13 @@ def after(now: Ledger, outcome: Outcome) -> Ledger:
 
 
 def _queue_after(queue: tuple[Waiter, ...], outcome: Outcome) -> tuple[Waiter, ...]:
-    """A request that has to wait keeps its place or gets one; one that was answered leaves."""
+    """A request that has to wait keeps its place or gets one; one that was answered leaves. What others ask
+    or report about its container meanwhile is no answer, unless that was given its devices."""
     others = tuple(w for w in queue if w.request.container != outcome.name.full)
     if outcome.waiter:
         return queue if len(others) < len(queue) else (*queue, outcome.waiter)
-    return others if outcome.ticket or outcome.allocation else queue
+    served = outcome.ok and outcome.reason in ("granted", "already_allocated")
+    return others if outcome.ticket or served else queue
 
 
 def hold_ends(now: Ledger, config: Config) -> dict[str, datetime]:
@@ -259,7 +262,7 @@ def _allocate(
     if isinstance(decision, Refusal):
         return _refused_or_waiting(change, request, limits, decision, current, situation, len(ahead))
     if not decision.devices:
-        return Outcome(change.name, "granted", f"{change.name.full} is CPU-only: it gets no GPU.", ticket=change.ticket)
+        return Outcome(change.name, "granted", f"{change.name.full} is CPU-only: it gets no GPU.")
     return _granted(change, limits, current, decision, situation, f" ({problem})" if problem else "")
 
 
@@ -269,10 +272,10 @@ def _unusable(change: Change, current: Allocation, limits: Limits, situation: pl
     if problem or not change.startable:
         return problem
     for device in current.devices:
-        for booked in situation.reservations:
-            soon = booked.meets(current.allocated_at, limits.max_runtime) and booked.end > situation.now
-            if booked.user != current.user and booked.names(device) and (booked.covers(situation.now) or soon):
-                return f"device {device.id} is reserved from {units.format_time(booked.start)} on"
+        # Its run begins with this start, whenever it was allocated.
+        booked = placement.bookings(device, limits, situation)
+        if booked:
+            return f"device {device.id} is reserved from {units.format_time(min(b.start for b in booked))} on"
     return None
 
 
@@ -286,7 +289,7 @@ def _refused_or_waiting(
     ahead: int,
 ) -> Outcome:
     ticket = change.ticket
-    outcome = replace(refused(change.name, refusal, current), ticket=ticket, position=ahead + 1)
+    outcome = replace(refused(change.name, refusal, current), position=ahead + 1)
     if ticket is None or not refusal.retry:
         return outcome
     if situation.now >= ticket.until:
@@ -324,7 +327,6 @@ def _granted(
         before=current,
         warnings=_not_raised(change, limits),
         given_up=grant.given_up,
-        ticket=change.ticket,
     )
 
 
@@ -350,9 +352,7 @@ def _already(change: Change, current: Allocation, problem: str | None, now: date
     if change.gpus == len(current.devices) and (change.profile is None or {change.profile} == profiles):
         message = f"{current.container} already has {current.gpu_id}."
         starts = replace(current, stopped_at=None, pending_since=now) if change.startable else current
-        return Outcome(
-            change.name, "already_allocated", message, allocation=starts, before=current, ticket=change.ticket
-        )
+        return Outcome(change.name, "already_allocated", message, allocation=starts, before=current)
     has = f"{current.container} already has {current.gpu_id} ({', '.join(sorted(profiles))})"
     asked = f"{change.gpus} x {change.profile or 'device'}"
     hint = f"Release it first: ds01 release --container {current.container}"
