@@ -498,3 +498,13 @@ def test_a_device_that_something_else_uses_is_shown_so(ds01: Allocations, driver
     assert first["occupied_by"].startswith("process 1 (")
     assert second["status"] == "occupied"
     assert (third["status"], third["occupied_by"]) == ("pending", None)
+
+
+def test_that_a_waiter_is_gone_is_no_reason_to_write(ds01: Allocations, host: Host) -> None:
+    fill(ds01)
+    ds01.apply([change("allocated", "carol", ticket=ticket(process=DEAD))])
+    before = host.ledger.read_bytes()
+    ds01.apply([change("allocated", "u0", gpus=2), change("allocated", "dan")])
+    assert host.ledger.read_bytes() == before
+    ds01.apply([change("released", "u0")])
+    assert ds01.store.read().queue == ()

@@ -315,7 +315,8 @@ class Allocations:
             now = after(now, outcome)
         situation = self.situation(now, seen, time)
         # Those who are gone leave the ledger too: whoever waits again for the same container stands anew.
-        situation = replace(situation, ledger=replace(now, queue=situation.queue))
+        waiting = situation.queue
+        situation = replace(situation, ledger=replace(now, queue=waiting))
         outcomes = []
         for change in changes:
             others = other_containers(change.name, seen.containers, situation.ledger)
@@ -324,6 +325,8 @@ class Allocations:
             situation = self._followed(situation, outcome)
             outcomes.append(outcome)
         final = situation.ledger
+        if (final.allocations, final.queue) == (before.allocations, waiting) and not any(o.ticket for o in outcomes):
+            final = before  # that somebody else is gone is no reason to write
         # Only what was looked up in this boot may be projected in it.
         rebooted = bool(sources.driver and before.allocations) and before.boot_id != boot
         if rebooted or (sources.driver and _differs(final, before)):
