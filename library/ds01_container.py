@@ -341,6 +341,11 @@ def to_wish(item: dict, allocations: Allocations) -> Wish:
     )
 
 
+def _items(params: dict) -> list:
+    """The batch, which may be empty, or the one item that the options are."""
+    return [params] if params["containers"] is None else params["containers"]
+
+
 def to_diff(report: Report) -> dict:
     header = report.name.full
     return {"before_header": header, "after_header": header, "before": report.before, "after": report.after}
@@ -356,7 +361,7 @@ def main() -> None:
     try:
         allocations = Allocations(Paths.from_env())
         containers = Containers(allocations)
-        wishes = [to_wish(item, allocations) for item in module.params["containers"] or [module.params]]
+        wishes = [to_wish(item, allocations) for item in _items(module.params)]
         reports = (containers.preview if module.check_mode else containers.apply)(wishes)
     except Ds01Error as exc:
         fail(module, exc)

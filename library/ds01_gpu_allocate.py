@@ -240,6 +240,11 @@ def to_change(item: dict, allocations: Allocations) -> Change:
     )
 
 
+def _items(params: dict) -> list:
+    """The batch, which may be empty, or the one item that the options are."""
+    return [params] if params["allocations"] is None else params["allocations"]
+
+
 def to_diff(outcome: Outcome) -> dict:
     before, after = (describe(a) if a else {} for a in (outcome.before, outcome.allocation))
     return {"before_header": outcome.name.full, "after_header": outcome.name.full, "before": before, "after": after}
@@ -254,7 +259,7 @@ def main() -> None:
     )
     try:
         allocations = Allocations(Paths.from_env())
-        changes = [to_change(item, allocations) for item in module.params["allocations"] or [module.params]]
+        changes = [to_change(item, allocations) for item in _items(module.params)]
         outcomes = allocations.preview(changes) if module.check_mode else waiting.apply(allocations, changes)
         results = [outcome.result() for outcome in outcomes]
         generation = allocations.store.read().generation

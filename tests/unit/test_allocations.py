@@ -12,9 +12,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
-from ds01 import nvml, overview, processes, units, waiting
+from ds01 import engine, nvml, overview, processes, units, waiting
 from ds01.allocations import Allocations
 from ds01.cdi import Rewrite
+from ds01.engine import Container, Listing
 from ds01.errors import Ds01Error
 from ds01.model import Inventory, Process, Ticket
 from ds01.names import ContainerName
@@ -508,3 +509,134 @@ def test_that_a_waiter_is_gone_is_no_reason_to_write(ds01: Allocations, host: Ho
     assert host.ledger.read_bytes() == before
     ds01.apply([change("released", "u0")])
     assert ds01.store.read().queue == ()
+
+
+# --- what changes between the look and the lock
+
+
+class Docker:
+    """Stands in for the engine: containers by name, and what happens when they are listed."""
+
+    def __init__(self) -> None:
+        self.status: dict[str, str] = {}
+        self.at_listing: list[Callable[[], None]] = []
+
+    def containers(self) -> tuple[Container, ...]:
+        if self.at_listing:
+            self.at_listing.pop(0)()
+        return tuple(
+            Container(f"id of {name}", name, status, "img", {"ds01.managed": "true", "ds01.user": name.split("._.")[1]})
+            for name, status in self.status.items()
+        )
+
+    def listing(self) -> Listing:
+        return Listing(self.containers(), ())
+
+    def container(self, name: str) -> Container | None:
+        return next((c for c in self.containers() if c.name == name), None)
+
+    def identity(self) -> str:
+        return "the engine"
+
+
+@pytest.fixture
+def docker(monkeypatch: pytest.MonkeyPatch) -> Docker:
+    made = Docker()
+    monkeypatch.delenv("DS01_ENGINE")
+    monkeypatch.setattr(engine, "connect", lambda: made)
+    return made
+
+
+def held_by_alice(ds01: Allocations, docker: Docker) -> None:
+    """Alice's stopped container holds the only device that fits."""
+    docker.status["p._.alice"] = "exited"
+    assert ds01.apply([change("allocated", "alice", profile="full")])[0].ok
+    assert ds01.apply([change("active", "alice", container_id="id"), change("held", "alice", stopped_at=NOW)])[1].ok
+
+
+TAKE = {"profile": "full", "priority": 90, "may_raise": True}
+
+
+@pytest.mark.parametrize("how", ["taken over", "its hold ended", "released"])
+def test_a_container_that_is_started_past_ds01_while_its_device_is_taken_keeps_it(
+    how: str, ds01: Allocations, docker: Docker, host: Host, clock: list[datetime]
+) -> None:
+    host.limits(LIMITS.replace("max_gpus_per_container: 2,", "max_gpus_per_container: 2, allow_full_gpu: true,"))
+    held_by_alice(ds01, docker)
+    before = projections(host)
+
+    def start() -> None:
+        docker.status["p._.alice"] = "running"
+
+    docker.at_listing = [lambda: None, start]
+    asked = change("released", "alice") if how == "released" else change("allocated", "bob", **TAKE)
+    clock[0] += timedelta(hours=1 if how == "its hold ended" else 0)
+    (outcome,) = ds01.apply([asked])
+    assert outcome.reason == ("container_running" if how == "released" else "no_gpu_available")
+    assert projections(host) == before == ledger_says(host)
+
+
+def test_a_ledger_that_vanishes_while_the_lock_is_waited_for_is_not_taken_for_an_empty_one(
+    ds01: Allocations, docker: Docker, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ds01.apply([change("allocated", "carol")])
+    asked: list[str] = []
+    monkeypatch.setattr(ds01, "rebuild", lambda: asked.append("rebuild"))
+    docker.at_listing = [host.ledger.unlink]
+    ds01.apply([change("allocated", "bob")])
+    assert asked == ["rebuild"]
+
+
+def test_what_was_seen_is_looked_at_again_when_the_ledger_changed_meanwhile(
+    ds01: Allocations, docker: Docker, driver: Driver
+) -> None:
+    """Somebody else's request came first: what it did to containers is seen only by a second look."""
+    other = Allocations(ds01.paths, "other", ds01.clock)
+    other.apply([change("allocated", "carol")])
+
+    def meanwhile() -> None:
+        other.apply([change("allocated", "bob")])
+        docker.status["p._.alice"] = docker.status["q._.alice"] = docker.status["r._.alice"] = "created"
+
+    docker.at_listing = [meanwhile]
+    (outcome,) = ds01.apply([change("allocated", "alice", "s")])
+    assert outcome.reason == "container_limit", "three containers were made before the lock was had"
+
+
+def test_a_waiter_of_an_earlier_boot_is_in_nobody_s_way(ds01: Allocations, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(ds01)
+    ds01.apply([change("allocated", "carol", ticket=ticket())])
+    monkeypatch.setattr(processes, "boot_id", lambda: "the next boot")
+    assert queue_of(ds01) == []
+    assert [o.ok for o in ds01.apply([change("released", "u0"), change("allocated", "eve", gpus=2)])] == [True, True]
+
+
+def test_a_device_that_is_not_there_any_more_is_not_projected_whatever_nvidia_s_spec_says(
+    ds01: Allocations, host: Host, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ds01.apply([change("allocated", "alice"), change("allocated", "bob")])
+    for file in host.cdi.glob("ds01-*.json"):
+        file.unlink()
+    monkeypatch.setattr(processes, "boot_id", lambda: "the next boot")
+    driver.now = replace(INVENTORY, devices=INVENTORY.devices[1:])
+    ds01.apply([change("allocated", "carol")])
+    assert set(projections(host)) == {"p._.bob", "p._.carol"}
+
+
+def test_a_held_device_that_something_else_uses_is_not_started_on(ds01: Allocations, driver: Driver) -> None:
+    ds01.apply([change("allocated", "alice"), change("held", "alice")])
+    driver.busy = {"MIG-0-0": (1,)}
+    (outcome,) = ds01.apply([change("allocated", "alice", startable=True)])
+    assert outcome.allocation is not None
+    assert (outcome.reason, outcome.allocation.gpu_id) == ("granted", "0:1")
+    assert "is used by process 1" in outcome.message
+
+
+def test_a_grant_that_ran_out_while_the_rest_of_the_batch_waited_is_no_grant(ds01: Allocations, host: Host) -> None:
+    host.limits(LIMITS + "policies: {pending_timeout: 1s}\n")
+    ds01.clock = ticking()
+    changes = [change("allocated", f"u{n}", gpus=2, wait=timedelta(seconds=3)) for n in range(4)]
+    outcomes = waiting.apply(ds01, changes)
+    granted = {o.name.full: o.allocation.gpu_id for o in outcomes if o.ok and o.allocation}
+    assert granted == {name: a.gpu_id for name, a in ds01.store.read().allocations.items()}
+    assert [o.reason for o in outcomes].count("not_allocated") >= 1

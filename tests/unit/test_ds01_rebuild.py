@@ -59,6 +59,8 @@ class Engine:
 def container(user: str, *devices: Device, status: str = "running") -> Container:
     labels = {
         "ds01.user": user,
+        "ds01.project": "p",
+        "ds01.allocation": f"p._.{user}" if devices else "",
         "ds01.gpus": str(len(devices)),
         "ds01.created_at": "2025-11-20T08:00:00Z",
         "ds01.devices": json.dumps([records.device_record(d) for d in devices]),
@@ -222,7 +224,8 @@ def socket(tmp_path: Path) -> Iterator[str]:
 
 def inspected(user: str, allocation: dict[str, Any]) -> dict[str, Any]:
     """A running container of `ds01 allocate`'s allocation, as the engine shows it alone."""
-    labels = {"ds01.user": user, "ds01.gpus": "1", "ds01.devices": json.dumps(allocation["devices"])}
+    own = {"ds01.project": "p", "ds01.allocation": f"p._.{user}"}
+    labels = {"ds01.user": user, "ds01.gpus": "1", "ds01.devices": json.dumps(allocation["devices"]), **own}
     return {
         "Id": f"id-{user}",
         "Name": f"/p._.{user}",

@@ -15,7 +15,13 @@ from ds01.occupancy import GpuUse
 from support import NOW, machine, taken
 
 TWO = machine("full", "full")
-OURS = {"ds01.managed": "true", "ds01.gpus": "1", "ds01.user": "alice"}
+OURS = {
+    "ds01.managed": "true",
+    "ds01.gpus": "1",
+    "ds01.user": "alice",
+    "ds01.project": "p",
+    "ds01.allocation": "p._.alice",
+}
 
 
 @dataclass
@@ -39,9 +45,9 @@ class Engine:
         (found,) = (c for c in self.there if c.name == name)
         return replace(found, finished_at=NOW - timedelta(hours=1))
 
-    def gpu_use(self, container_id: str) -> GpuUse:
+    def gpu_use(self, container_id: str) -> GpuUse | None:
         self.asked.append(f"use of {container_id}")
-        return GpuUse(container_id, everything=True, how="--gpus all")
+        return None if container_id == "p._.alice" else GpuUse(container_id, everything=True, how="--gpus all")
 
 
 class Driver:
@@ -57,7 +63,7 @@ def container(name: str, status: str = "running", labels: Any = OURS) -> Contain
 
 
 def observer(engine: Engine, tmp_path: Path) -> Observer:
-    return Observer(lambda: engine, tmp_path)
+    return Observer(lambda: engine, tmp_path, lambda container: ("GPU-0",) if container == "q._.alice" else None)
 
 
 def test_a_container_outside_ds01_is_asked_about_once(tmp_path: Path) -> None:
@@ -98,6 +104,28 @@ def test_one_of_ours_that_runs_without_an_allocation_keeps_what_it_was_last_give
     engine = Engine(there=[container("p._.alice", labels={**OURS, "ds01.devices": device})])
     seen = observer(engine, tmp_path).look(taken(TWO), Driver())
     assert seen.occupied == {"GPU-1": "container p._.alice (without an allocation)"}
+
+
+def test_what_was_projected_counts_for_one_that_runs_whatever_was_recorded(tmp_path: Path) -> None:
+    labels = {
+        **OURS,
+        "ds01.project": "q",
+        "ds01.allocation": "q._.alice",
+        "ds01.devices": '[{"id": "1", "uuid": "GPU-1"}]',
+    }
+    engine = Engine(there=[container("q._.alice", labels=labels)])
+    engine.gpu_use = lambda _: None  # type: ignore[method-assign]
+    assert set(observer(engine, tmp_path).look(taken(TWO), Driver()).occupied) == {"GPU-0"}
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [{"ds01.managed": "true"}, OURS, {**OURS, "ds01.gpus": "0", "ds01.allocation": ""}],
+    ids=["our label alone", "an image made of one of ours", "and of one without a GPU"],
+)
+def test_a_label_hides_nobody(labels: dict[str, str], tmp_path: Path) -> None:
+    engine = Engine(there=[container("copy", labels=labels)])
+    assert set(observer(engine, tmp_path).look(taken(TWO), Driver()).occupied) == {"GPU-0", "GPU-1"}
 
 
 def test_on_another_engine_no_container_counts_as_removed(tmp_path: Path) -> None:

@@ -121,11 +121,19 @@ _DEVICES = st.builds(
     placement=st.none() | st.tuples(st.integers(0, 7), st.integers(1, 8)),
     equivalents=st.builds(Fraction, st.integers(1, 7), st.just(7)),
 )
+_DEVICE_LISTS = st.lists(_DEVICES, max_size=3).map(tuple)
+
+
+def _no_device_twice(found: list[Allocation]) -> bool:
+    uuids = [d.uuid for a in found for d in {d.uuid: d for d in a.devices}.values()]
+    return len(uuids) == len(set(uuids))
+
+
 _ALLOCATIONS = st.builds(
     Allocation,
     container=st.text(min_size=1, max_size=20),
     user=st.text(min_size=1, max_size=20),
-    devices=st.lists(_DEVICES, max_size=3).map(tuple),
+    devices=_DEVICE_LISTS,
     priority=st.integers(1, 100),
     allocated_at=_WHEN,
     stopped_at=st.none() | _WHEN,
@@ -149,7 +157,9 @@ _WAITERS = st.builds(
 )
 _LEDGERS = st.builds(
     Ledger,
-    allocations=st.lists(_ALLOCATIONS, max_size=4).map(lambda found: {a.container: a for a in found}),
+    allocations=st.lists(_ALLOCATIONS, max_size=4)
+    .filter(_no_device_twice)
+    .map(lambda found: {a.container: a for a in found}),
     generation=st.integers(0, 10**6),
     boot_id=st.text(max_size=36),
     engine_id=st.text(max_size=36),

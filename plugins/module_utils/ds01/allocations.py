@@ -41,6 +41,13 @@ from .transitions import Change, Outcome, after, decide, device_problem, hold_en
 _EVENTS = {"granted": "gpu.allocated", "held": "gpu.held", "released": "gpu.released", "expired": "gpu.released"}
 
 
+_ATTEMPTS = 3
+
+
+class _OutdatedError(Exception):
+    """What a decision was based on is not so any more; nothing was changed."""
+
+
 @dataclass(frozen=True)
 class _Sources:
     """An open session with the driver, and NVIDIA's CDI spec; None where no device is asked for."""
@@ -80,7 +87,7 @@ class Allocations:
         self.events = events.EventLog(paths.events, actor or events.actor_from_env())
         self._config: limits.Config | None = None
         self._engine: engine.Engine | None = None
-        self._observer = Observer(lambda: self.engine, paths.metadata)
+        self._observer = Observer(lambda: self.engine, paths.metadata, self.cdi.projected)
 
     @property
     def config(self) -> limits.Config:
@@ -125,6 +132,22 @@ class Allocations:
 
         A ledger that is gone or damaged is first rebuilt from the containers.
         """
+        for _ in range(_ATTEMPTS):
+            with contextlib.suppress(_OutdatedError):
+                plan = self._decide_and_write(changes)
+                break
+        else:
+            raise Ds01Error(
+                "container_busy",
+                "Containers were started past DS01, or the ledger was removed, while this was decided.",
+                "Try again; nothing was changed.",
+            )
+        self._record_events(plan)
+        problem = self.events.problem
+        return [replace(o, warnings=(*o.warnings, problem)) for o in plan.outcomes] if problem else plan.outcomes
+
+    def _decide_and_write(self, changes: Sequence[Change]) -> _Plan:
+        """One attempt. Raises _OutdatedError, with nothing changed, when the world moved on meanwhile."""
         if not engine.disabled() and self.store.lost():
             self.rebuild()
         with contextlib.ExitStack() as stack:
@@ -132,14 +155,16 @@ class Allocations:
             first = self.store.read()
             seen = self._observe(changes, first, sources)
             transaction = stack.enter_context(self.store.transaction())
+            if transaction.ledger.generation < first.generation:
+                raise _OutdatedError  # it is gone since: what is empty now is no ledger
             if transaction.ledger != first:
                 seen = self._observe(changes, transaction.ledger, sources)  # what was seen may be older than that
             plan = self._plan(changes, transaction.ledger, seen, sources)
             moved = _moved(transaction.ledger, plan.ledger)
-            self._carry_out(transaction, plan.ledger, plan.now, moved, _to_project(plan, moved), plan.spec)
-        self._record_events(plan)
-        problem = self.events.problem
-        return [replace(o, warnings=(*o.warnings, problem)) for o in plan.outcomes] if problem else plan.outcomes
+            stopped = set(moved) - seen.running
+            project = (a for a in _to_project(plan, moved) if _all_there(a, seen.inventory))
+            self._carry_out(transaction, plan.ledger, plan.now, moved, project, plan.spec, stopped)
+        return plan
 
     def _carry_out(
         self,
@@ -149,8 +174,13 @@ class Allocations:
         withdraw: Iterable[str],
         project: Iterable[Allocation],
         spec: Mapping[str, Any] | None,
+        stopped: Collection[str] = (),
     ) -> None:
-        """Ledger and CDI files, both or none; killed at any point, no file says more than the ledger."""
+        """Ledger and CDI files, both or none; killed at any point, no file says more than the ledger.
+
+        `stopped` are containers that lose devices because they were seen not to run: raises
+        _OutdatedError when one was started past DS01 in between.
+        """
         rewrite = self.cdi.rewrite()
         try:
             self.cdi.clear()
@@ -158,8 +188,10 @@ class Allocations:
             for container in withdraw:
                 # Killed before the new one is in place, it cannot start, rather than on what it had.
                 rewrite.withdraw(container)
+            if stopped and not engine.disabled():
+                self._check_still_stopped(stopped)
             transaction.commit(final, now)
-        except (OSError, Ds01Error) as exc:
+        except (OSError, Ds01Error, _OutdatedError) as exc:
             with contextlib.suppress(OSError):
                 rewrite.undo()
             raise self._unwritable(exc, "nothing was changed") from None
@@ -175,8 +207,13 @@ class Allocations:
             if spec is not None and self.cdi.problem(uuids, spec) is None:
                 rewrite.project(allocation.container, uuids, spec)
 
-    def _unwritable(self, exc: OSError | Ds01Error, outcome: str) -> Ds01Error:
-        if isinstance(exc, Ds01Error):
+    def _check_still_stopped(self, containers: Collection[str]) -> None:
+        """Their devices are out of reach now: whoever does not run yet cannot start with them any more."""
+        if any(c.name in containers and c.status in engine.RUNNING for c in self.engine.containers()):
+            raise _OutdatedError
+
+    def _unwritable(self, exc: Exception, outcome: str) -> Exception:
+        if not isinstance(exc, OSError):
             return exc
         return Ds01Error(
             "permission_denied",
@@ -197,14 +234,16 @@ class Allocations:
             time = self.clock()
             lost, kept = self.store.lost(), self.store.set_aside(time)
             before = self.store.read()
-            rebuilt = self._rebuilt(before, driver.inventory(), lost)
+            inventory = driver.inventory()
+            rebuilt = self._rebuilt(before, inventory, lost)
             after_ = replace(before, allocations=rebuilt.allocations)
             if before.boot_id not in ("", processes.boot_id()):
                 after_ = replace(after_, queue=())  # its processes are of the earlier boot
             if rebuilt.allocations:
                 after_ = replace(after_, boot_id=processes.boot_id(), engine_id=self.engine.identity())
-            everybody, wrong = rebuilt.allocations.values(), self._wrongly_projected(rebuilt.allocations)
-            self._carry_out(Transaction(self.store, before), after_, time, wrong, everybody, self.cdi.nvidia_spec())
+            wrong = self._wrongly_projected(rebuilt.allocations)
+            there = [a for a in rebuilt.allocations.values() if _all_there(a, inventory)]
+            self._carry_out(Transaction(self.store, before), after_, time, wrong, there, self.cdi.nvidia_spec())
         if rebuilt.restored or kept or (lost and rebuilt.problems):  # a new server has no ledger either, and lost none
             self.events.write(
                 "ledger.rebuilt",
@@ -235,7 +274,10 @@ class Allocations:
         return rebuild.rebuild(claimed, inventory, resolved(before, inventory).allocations)
 
     def _claims(self) -> list[rebuild.Claim]:
-        return claims.read(self.engine, self.paths.metadata, lambda user: self.limits(user).priority, self.clock())
+        def priority(user: str) -> int:
+            return limits.resolve(self.config, user).priority
+
+        return claims.read(self.engine, self.paths.metadata, self.cdi.projected, priority, self.clock())
 
     def preview(self, changes: Sequence[Change]) -> Sequence[Outcome]:
         """What `apply` would do now. Writes nothing and takes no lock."""
@@ -422,6 +464,11 @@ def _to_project(plan: _Plan, moved: Sequence[str]) -> Iterator[Allocation]:
     for name in dict.fromkeys((*moved, *asked, *everybody)):
         if name in plan.ledger.allocations:
             yield plan.ledger.allocations[name]
+
+
+def _all_there(allocation: Allocation, inventory: Inventory) -> bool:
+    """Whether this host has its devices: NVIDIA's spec may be older than a layout, or than a boot."""
+    return all(inventory.find(device) for device in allocation.devices)
 
 
 def _needs_driver(changes: Sequence[Change]) -> bool:

@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from . import accounts, config, nvml, overview, terminal, units, waiting
+from . import accounts, config, names, nvml, overview, terminal, units, waiting
 from .allocations import Allocations
 from .errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_REFUSED, EXIT_UNAVAILABLE, Ds01Error, exit_code
 from .limits import as_dict, resolve_all
@@ -132,9 +132,15 @@ def _cmd_query(args: argparse.Namespace, ds01: Allocations) -> int:
 
 
 def _cmd_events(args: argparse.Namespace, ds01: Allocations) -> int:
-    for event in ds01.events.read(args.lines, follow=args.follow):
-        if args.user in (None, event.get("user")) and args.container in (None, event.get("container")):
-            print(json.dumps(event, ensure_ascii=False) if args.json else terminal.event_text(event), flush=True)
+    user = names.canonical_user(args.user, accounts.lookup) if args.user else None
+
+    def wanted(event: Mapping[str, Any]) -> bool:
+        container = str(event.get("container") or "")
+        named = args.container in (None, container, names.split(container)[0])
+        return named and user in (None, event.get("user"))
+
+    for event in ds01.events.read(args.lines, wanted, follow=args.follow):
+        print(json.dumps(event, ensure_ascii=False) if args.json else terminal.event_text(event), flush=True)
     return EXIT_OK
 
 
@@ -303,7 +309,7 @@ def _parser() -> argparse.ArgumentParser:
     log.add_argument("--lines", type=_whole, default=50, metavar="N", help="the last N events (default 50)")
     log.add_argument("--follow", action="store_true", help="go on with new ones until interrupted")
     log.add_argument("--user", help="only this user's")
-    log.add_argument("--container", metavar="NAME", help="only this container's (full name)")
+    log.add_argument("--container", metavar="NAME", help="only this container's, or this project's")
 
     actions = commands.add_parser("config", help="The limits file.", description="The limits file.")
     check = add(
@@ -322,13 +328,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     args = _parser().parse_args(argv)
     try:
-        return args.run(args, Allocations(Paths.from_env()))
+        code = args.run(args, Allocations(Paths.from_env()))
+        sys.stdout.flush()
+        return code
     except Ds01Error as exc:
         if args.json:
             _print_json({"failed": True, "reason": exc.reason, "msg": str(exc), **exc.details})
         _complain(exc.reason, str(exc))
         return exc.exit_code
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to complain at exit
         return EXIT_OK
     except KeyboardInterrupt:
         return EXIT_OK if args.command == "events" else EXIT_INTERRUPTED

@@ -42,6 +42,12 @@ class Container:
         return self.labels.get("ds01.user", "")
 
     @property
+    def own(self) -> bool:
+        """Whether DS01 made it: an image that was committed from one of its containers carries the labels on."""
+        named = self.name.startswith(f"{self.labels.get('ds01.project')}._.")
+        return named and self.labels.get("ds01.allocation") == (self.name if self.gpus else "")
+
+    @property
     def gpus(self) -> int:
         """How many devices it asks for."""
         value = self.labels.get("ds01.gpus", "0")

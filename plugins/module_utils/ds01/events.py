@@ -8,7 +8,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -45,17 +45,19 @@ class EventLog:
         except OSError as exc:
             self.problem = f"The event log {self._path} could not be written: {exc.strerror}."
 
-    def read(self, last: int, *, follow: bool = False) -> Iterator[dict[str, Any]]:
-        """The last events, oldest first; with `follow` also those to come, without an end.
+    def read(
+        self, last: int, wanted: Callable[[Mapping[str, Any]], bool], *, follow: bool = False
+    ) -> Iterator[dict[str, Any]]:
+        """The last wanted events, oldest first; with `follow` also those to come, without an end.
 
         A line that is no event is passed over. Raises Ds01Error `permission_denied`.
         """
         try:
             with self._path.open(encoding="utf-8", errors="replace") as file:
-                yield from _parsed(collections.deque(file, maxlen=last))
+                yield from collections.deque(filter(wanted, _parsed(file)), maxlen=last)
                 while follow:
                     line = file.readline()
-                    yield from _parsed([line])
+                    yield from filter(wanted, _parsed([line]))
                     if not line:
                         time.sleep(_FOLLOW_EVERY)
         except FileNotFoundError:

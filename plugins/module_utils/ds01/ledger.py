@@ -113,7 +113,7 @@ class LedgerStore:
         """Move a damaged file out of the way, to be looked at; None when there is none. Under the lock."""
         if not (self._path.exists() and self.lost()):
             return None
-        kept = self._path.with_name(f"{self._path.name}.damaged-{now:%Y%m%dT%H%M%SZ}")
+        kept = self._path.with_name(f"{self._path.name}.damaged-{now:%Y%m%dT%H%M%S.%fZ}")
         self._path.replace(kept)
         return kept
 

@@ -298,13 +298,20 @@ def _above_zero(value: Any) -> Any:
     return value
 
 
+def _some_time(value: timedelta) -> timedelta:
+    if not value:
+        raise ValueError("0 would take devices back from containers that are just being made; write null for never")
+    return value
+
+
 def _size_text(value: str) -> str:
     _above_zero(units.parse_size(value))
     return value
 
 
 _CONVERT: dict[str, Callable[[Any], Any]] = {
-    **{key: lambda v: units.parse_duration(str(v)) for key in (*_DURATIONS, "pending_timeout")},
+    **{key: lambda v: units.parse_duration(str(v)) for key in _DURATIONS},
+    "pending_timeout": lambda v: _some_time(units.parse_duration(str(v))),
     "max_gpu_equivalents": _fraction,
     "max_cpus": lambda v: _above_zero(_fraction(v)),
     "pids_limit": lambda v: _above_zero(_count(v)),

@@ -47,9 +47,10 @@ class Observation:
 class Observer:
     """Looks at the host; `get_engine` connects when first needed, `metadata` holds containers' records."""
 
-    def __init__(self, get_engine: Callable[[], engine.Engine], metadata: Path) -> None:
+    def __init__(self, get_engine: Callable[[], engine.Engine], metadata: Path, projected: claims.Projected) -> None:
         self._engine = get_engine
         self._metadata = metadata
+        self._projected = projected
         self._uses: dict[str, GpuUse | None] = {}
 
     def look(
@@ -63,7 +64,8 @@ class Observer:
         if driver is None:
             return found
         foreign = [c for c in listing.others if c.status in engine.RUNNING and c.name not in harmless]
-        uses = [*map(self._use, foreign), *(self._leftover(c) for c in listing.ours if _unallocated(c, now))]
+        loose = [c for c in listing.ours if _is_loose(c, now)]
+        uses = [*map(self._use, (*foreign, *loose)), *(self._leftover(c) for c in loose if c.own)]
         return _with_devices(driver, found, [use for use in uses if use])
 
     def without_engine(self, driver: nvml.Nvml | None) -> Observation:
@@ -101,12 +103,14 @@ class Observer:
 
     def _leftover(self, container: engine.Container) -> GpuUse:
         """One of DS01's that runs without an allocation: it has what it was last given."""
-        devices = claims.recorded_devices(container, self._metadata)
+        devices = claims.devices_in_use(container, self._metadata, self._projected)
         return GpuUse(container.name, names=tuple(d.uuid for d in devices), how="without an allocation")
 
 
-def _unallocated(container: engine.Container, now: Ledger) -> bool:
-    return container.status in engine.RUNNING and container.gpus > 0 and container.name not in now.allocations
+def _is_loose(container: engine.Container, now: Ledger) -> bool:
+    """Whether one that carries DS01's label may have a device that the ledger does not know of."""
+    runs = container.status in engine.RUNNING and container.name not in now.allocations
+    return runs and (container.gpus > 0 or not container.own)
 
 
 def _with_devices(driver: nvml.Nvml, seen: Observation, uses: Sequence[GpuUse]) -> Observation:

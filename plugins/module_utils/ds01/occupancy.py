@@ -48,7 +48,8 @@ class GpuUse:
 def gpu_use(inspected: Mapping[str, Any]) -> GpuUse | None:
     """What a container that is not DS01's was promised, from the engine's inspect document; None: no GPU."""
     host = inspected.get("HostConfig") or {}
-    requests = host.get("DeviceRequests") or ()
+    own = f"ds01.io/gpu={inspected['Name'].lstrip('/')}"  # of one of DS01's: what it names, the ledger knows
+    requests = [_without(own, request) for request in host.get("DeviceRequests") or ()]
     parts = [*map(_requested, requests), *map(_node, host.get("Devices") or ())]
     # The engine appends a request's NVIDIA_VISIBLE_DEVICES to the container's own, and the last one
     # counts. CDI leaves that to the specification, which cannot be seen from here.
@@ -79,6 +80,12 @@ def occupied(
         elif pids:
             found[device.uuid] = _and_more(describe(pids[0]), len(pids))
     return found
+
+
+def _without(own: str, request: Mapping[str, Any]) -> Mapping[str, Any]:
+    if request.get("Driver") != "cdi":
+        return request
+    return {**request, "DeviceIDs": [name for name in request.get("DeviceIDs") or () if name != own]}
 
 
 def _requested(request: Mapping[str, Any]) -> GpuUse | None:

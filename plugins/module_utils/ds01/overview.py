@@ -125,7 +125,7 @@ def users(allocations: Allocations) -> list[dict[str, Any]]:
     ledger = allocations.store.read()
     running = () if engine.disabled() else allocations.engine.containers()
     everybody = sorted({a.user for a in ledger.allocations.values()} | {c.user for c in running})
-    return [_user(user, ledger, running, allocations.limits(user)) for user in everybody]
+    return [_user(user, ledger, running, limits.resolve(allocations.config, user)) for user in everybody if user]
 
 
 def _user(user: str, ledger: Ledger, running: Sequence[engine.Container], allowed: limits.Limits) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def _device(device: Device, now: Ledger, occupied: Mapping[str, str]) -> dict[st
         "container": holder.container if holder else None,
         "user": holder.user if holder else None,
         "status": holder.status if holder else "occupied" if device.uuid in occupied else "free",
-        "occupied_by": occupied.get(device.uuid) if holder is None else None,
+        "occupied_by": occupied.get(device.uuid) if holder is None or holder.status == "held" else None,
     }
 
 

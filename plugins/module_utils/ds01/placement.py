@@ -286,7 +286,8 @@ def _reserved(what: str, seen: _Seen, limits: Limits, situation: Situation) -> R
 def _in_the_way(seen: _Seen, situation: Situation) -> str:
     """Why the fitting devices cannot be had, most of them first."""
     number = Counter(problem for _, problem in seen)
-    parts = [f"{number[TAKEN]} of {len(seen)} in use"] if number[TAKEN] or len(number) == 1 else []
+    seen = sorted(seen, key=lambda entry: entry[0].index)
+    parts = [f"{number[TAKEN]} of {len(seen)} in use"] if number[TAKEN] else []
     parts += [
         f"{d.id} is used by {situation.occupied[d.uuid]}, which DS01 does not manage"
         for d, problem in seen

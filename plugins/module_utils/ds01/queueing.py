@@ -22,8 +22,8 @@ def alive(queue: Iterable[Waiter], now: datetime, lives: Callable[[Process], boo
 
 
 def ordered(queue: Iterable[Waiter]) -> list[Waiter]:
-    """By priority; among equals the order of arrival, which is the queue's own."""
-    return sorted(queue, key=lambda w: -w.priority)
+    """By priority; among equals by age, and in the same second in the queue's own order."""
+    return sorted(queue, key=lambda w: (-w.priority, w.ticket.since))
 
 
 def ahead_of(container: str, priority: int, queue: Sequence[Waiter]) -> list[Waiter]:
@@ -55,7 +55,7 @@ def keeping(waiters: Sequence[Waiter], config: Config, situation: placement.Situ
         if isinstance(decision, Grant):
             kept = {d.uuid for d in decision.devices}
         elif decision.retry:
-            kept = {d.uuid for d in placement.candidates(waiter.request, limits, situation)}
+            kept = {d.uuid for d in takeover.within_reach(waiter.request, limits, situation)}
         else:
             continue  # nothing that may become free would help
         situation = replace(situation, kept={*situation.kept, *kept})

@@ -86,9 +86,9 @@ def from_json(document: Any) -> Ledger:
         raise ValueError(f"its version is {document['version']}; this DS01 reads {VERSION}")
     updated = document.get("last_updated")
     try:
-        allocations = _as(dict, document["allocations"], "allocations")
+        written = _as(dict, document["allocations"], "allocations")
         return Ledger(
-            allocations={name: _allocation(name, _as(dict, raw, name)) for name, raw in allocations.items()},
+            allocations=_distinct({name: _allocation(name, _as(dict, raw, name)) for name, raw in written.items()}),
             generation=_as(int, document.get("generation", 0), "generation"),
             boot_id=document.get("boot_id") or "",
             engine_id=document.get("engine_id") or "",
@@ -97,6 +97,16 @@ def from_json(document: Any) -> Ledger:
         )
     except KeyError as exc:
         raise ValueError(f"{exc.args[0]} is missing") from None
+
+
+def _distinct(allocations: dict[str, Allocation]) -> dict[str, Allocation]:
+    """The same; one device in two containers' records is a damage."""
+    holder: dict[str, str] = {}
+    for allocation in allocations.values():
+        for device in allocation.devices:
+            if device.uuid and holder.setdefault(device.uuid, allocation.container) != allocation.container:
+                raise ValueError(f"{device.uuid} is both {holder[device.uuid]}'s and {allocation.container}'s")
+    return allocations
 
 
 def _as(kind: type, value: Any, what: str) -> Any:

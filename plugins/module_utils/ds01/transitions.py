@@ -206,6 +206,7 @@ def resolved(now: Ledger, inventory: Inventory) -> Ledger:
     named = {d.uuid for a in now.allocations.values() for d in a.devices}
     for allocation in now.allocations.values():
         devices = tuple(_renamed(device, inventory, named) for device in allocation.devices)
+        named.update(device.uuid for device in devices)
         if devices != allocation.devices:
             now = now.with_allocation(replace(allocation, devices=devices))
     return now
@@ -272,6 +273,8 @@ def _unusable(change: Change, current: Allocation, limits: Limits, situation: pl
     if problem or not change.startable:
         return problem
     for device in current.devices:
+        if device.uuid in situation.occupied:
+            return f"device {device.id} is used by {situation.occupied[device.uuid]}"
         # Its run begins with this start, whenever it was allocated.
         booked = placement.bookings(device, limits, situation)
         if booked:

@@ -7,15 +7,15 @@ itself, since nobody answers for its ticket any more.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 
 from . import processes, units
 from .allocations import Allocations
 from .errors import Ds01Error
-from .model import Ticket
-from .transitions import Change, Outcome
+from .model import Allocation, Refusal, Ticket
+from .transitions import Change, Outcome, refused
 
 LONGEST = timedelta(days=7)
 """The longest wait that may be asked for."""
@@ -47,7 +47,25 @@ def apply(
     except BaseException:
         allocations.leave({outcome.name.full for outcome in outcomes if outcome.waiter})
         raise
-    return outcomes
+    return _still_so(allocations, outcomes) if said else outcomes
+
+
+def _still_so(allocations: Allocations, outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The outcomes; a grant that ran out while others of the batch waited is none any more."""
+    now = allocations.store.read().allocations
+    return [outcome if _holds(outcome, now) else _ran_out(outcome) for outcome in outcomes]
+
+
+def _holds(outcome: Outcome, now: Mapping[str, Allocation]) -> bool:
+    granted = outcome.allocation
+    if not outcome.ok or granted is None:
+        return True
+    return granted.container in now and now[granted.container].gpu_id == granted.gpu_id
+
+
+def _ran_out(outcome: Outcome) -> Outcome:
+    message = f"{outcome.name.full} was granted devices, and lost them again before all of the batch were served."
+    return refused(outcome.name, Refusal("not_allocated", message, "Ask for it again."))
 
 
 def _with_ticket(change: Change, now: datetime) -> Change:
@@ -58,12 +76,12 @@ def _with_ticket(change: Change, now: datetime) -> Change:
 
 
 def _ask_again(allocations: Allocations, changes: Sequence[Change]) -> Sequence[Outcome]:
-    """The answers now; none while the ledger is busy and there is time left."""
+    """The answers now; none while the ledger is busy, or the engine restarts, and there is time left."""
     try:
         return allocations.apply(changes)
     except Ds01Error as exc:
         in_time = any(c.ticket and c.ticket.until > allocations.clock() for c in changes)
-        if exc.reason == "lock_timeout" and in_time:
+        if exc.reason in ("lock_timeout", "engine_unavailable") and in_time:
             return []
         raise
 
