@@ -55,7 +55,7 @@ def keeping(waiters: Sequence[Waiter], config: Config, situation: placement.Situ
         if isinstance(decision, Grant):
             kept = {d.uuid for d in decision.devices}
         elif decision.retry:
-            kept = {d.uuid for d in placement.candidates(waiter.request, limits, situation)}
+            kept = {d.uuid for d in takeover.candidates(waiter.request, limits, situation)}
         else:
             continue  # nothing that may become free would help
         situation = replace(situation, kept={*situation.kept, *kept})

@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 
 from . import placement, units
 from .limits import Limits
-from .model import Allocation, Grant, Refusal, Request
+from .model import Allocation, Device, Grant, Refusal, Request
 
 _ALWAYS = datetime.min.replace(tzinfo=timezone.utc)
 
@@ -32,6 +32,12 @@ def decide(
         return _giving_up(request, limits, situation, decision, [*_own(limits, situation), *_others(limits, situation)])
     with_others = _giving_up(request, limits, situation, decision, [*_others(limits, situation)])
     return with_others if isinstance(with_others, Grant) else _offering(request, limits, situation, decision)
+
+
+def candidates(request: Request, limits: Limits, situation: placement.Situation) -> list[Device]:
+    """The devices that this request could be given now, be they enough or not: also of others' holds."""
+    holds = [hold.container for hold in _others(limits, situation)]
+    return placement.candidates(request, limits, replace(situation, ledger=situation.ledger.without(*holds)))
 
 
 def _giving_up(
