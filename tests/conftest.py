@@ -28,8 +28,9 @@ ansible.module_utils.__path__.insert(0, str(MODULE_UTILS))
 from support import Host  # noqa: E402 - found on the path above
 
 # A busy machine is slow, not wrong: no test fails because of its duration.
-settings.register_profile("ds01", deadline=None, max_examples=60)
-settings.load_profile("ds01")
+settings.register_profile("ds01", deadline=None, max_examples=60, stateful_step_count=40)
+settings.register_profile("long", deadline=None, max_examples=3000, stateful_step_count=60)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ds01"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -367,10 +367,11 @@ class Allocations:
             situation = self._followed(situation, outcome)
             outcomes.append(outcome)
         final = situation.ledger
-        if (final.allocations, final.queue) == (before.allocations, waiting) and not any(o.ticket for o in outcomes):
-            final = before  # that somebody else is gone is no reason to write
         # Only what was looked up in this boot may be projected in it.
         rebooted = bool(sources.driver and before.allocations) and before.boot_id != boot
+        same = (final.allocations, final.queue) == (before.allocations, waiting)
+        if same and not rebooted and not any(o.ticket for o in outcomes):
+            final = before  # that somebody else is gone is no reason to write
         if rebooted or (sources.driver and _differs(final, before)):
             final = replace(final, boot_id=boot)
         if _differs(final, before):
