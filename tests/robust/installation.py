@@ -91,6 +91,8 @@ def made_for(allocations: Mapping[str, Any]) -> Docker:
             name: {
                 "ds01.managed": "true",
                 "ds01.user": record["user"],
+                "ds01.project": name.partition("._.")[0],
+                "ds01.allocation": name,
                 "ds01.gpus": str(len(record["devices"])),
                 "ds01.devices": json.dumps(record["devices"]),
                 "ds01.created_at": record["allocated_at"],

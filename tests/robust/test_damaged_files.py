@@ -171,7 +171,7 @@ def test_with_an_engine_it_is_rebuilt_and_the_damaged_file_is_kept(
     assert projections(host) == ledger_says(host)
     (kept,) = host.state.glob("gpu-state.json.damaged-*")
     assert kept.read_bytes() == damaged
-    told = [event for event in EventLog(host.events, "").read(9) if event["event"] == "ledger.rebuilt"]
+    told = [event for event in EventLog(host.events, "").read(9, bool) if event["event"] == "ledger.rebuilt"]
     assert [(event["reason"], event["kept"]) for event in told] == [("ledger_damaged", str(kept))]
 
 

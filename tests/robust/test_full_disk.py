@@ -197,5 +197,5 @@ def test_the_log(room: int, here: Installation, disk: Disk) -> None:
     disk.free()
     (outcome,) = in_child(here.applying([change("released", "alice")]))
     assert outcome.warnings == ()
-    told = [event["event"] for event in EventLog(here.host.events, "").read(9)]
+    told = [event["event"] for event in EventLog(here.host.events, "").read(9, bool)]
     assert told == ["gpu.held", "gpu.released"], "the line that was cut took the next one with it"

@@ -406,7 +406,8 @@ class Model:
         if not before and self._may_come(entry.ask):
             piece = self._usable_slots(entry.ask) - self._held_slots()
             assert piece.isdisjoint(chosen), f"{entry.ask.container} waits for more of these"
-        mine = Holding(ask.container, ask.user, tuple(Named(s, s.id, s.uuid) for s in chosen), 0, self.world.clock)
+        # The devices alone: that a user's own quota is used up by then is his own doing.
+        mine = Holding(ask.container, "", tuple(_now(s) for s in chosen), 0, self.world.clock)
         after = {**{n: h for n, h in self.holdings.items() if n not in given}, ask.container: mine}
         kept, self.holdings = self.holdings, after
         try:
@@ -480,7 +481,8 @@ class Model:
         assert bool(outcome.waiter) == waits, "waits" if outcome.waiter else "does not wait"
         known = any(e.ask.container == here for e in waiting)
         if waits and not known:
-            self.queue = [*waiting, Entry(ask, ticket.until, ticket.process, self.world.boot)]
+            # That he would give up his own holds is for him to say when he asks again.
+            self.queue = [*waiting, Entry(replace(ask, reuse=False), ticket.until, ticket.process, self.world.boot)]
         elif known and not waits and (ticket or outcome.ok):
             self.queue = [e for e in waiting if e.ask.container != here]
 

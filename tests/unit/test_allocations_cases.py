@@ -132,7 +132,6 @@ def test_a_whole_ledger_is_not_asked_to_take_back_what_was_released(stage: Stage
     assert stage.ledger == {}
 
 
-@pytest.mark.xfail(strict=True, reason="a rebuild asks the records, and not the CDI device that a start used")
 def test_a_start_past_ds01_survives_the_loss_of_the_ledger(stage: Stage) -> None:
     """It was bound to another device, then started with docker: label and record name the former one."""
     box = stage.runs("p._.alice")
@@ -192,6 +191,21 @@ def test_how_many_containers_the_next_one_has_delays_nobody_before_him(stage: St
     stage.world.remove(stage.world.boxes["p._.carol"], record_too=True)
     assert stage.ask("p._.bob").reason == "no_gpu_available"
     assert stage.ask("p._.alice", pid=1).ok
+
+
+@pytest.mark.parametrize("stage", [["full", "full", "full"]], indirect=True)
+def test_a_hold_that_one_who_waits_may_take_over_is_not_taken_over_piece_by_piece(stage: Stage) -> None:
+    """Alice comes first and needs one of the two held devices; the other one is half of what Dan needs."""
+    stage.limits(groups={"lab": {"members": ["alice", "dan", "eve"], "priority": 50}})
+    stage.runs("p._.carol")
+    box = stage.runs("q._.bob")
+    stage.world.slots[1].foreign_process = stage.world.slots[2].foreign_process = True
+    stage.ask("p._.alice", pid=1)
+    stage.ask("p._.dan", gpus=2, pid=2)
+    stage.world.slots[1].foreign_process = stage.world.slots[2].foreign_process = False
+    stage.world.stop(box)
+    stage.call(stage.change("held", "q._.bob"))
+    assert stage.ask("p._.eve").reason == "no_gpu_available"
 
 
 @pytest.mark.parametrize("state", ["active", "allocated"])

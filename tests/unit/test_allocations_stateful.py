@@ -190,12 +190,11 @@ class Machine(RuleBasedStateMachine):
         outcomes = service.apply(changes)
         if foreseen is not None:
             assert [o.result() for o in foreseen] == [o.result() for o in outcomes], "not what was foreseen"
-        held, queue = dict(self.model.holdings), self.model.queue
+        known = dict(self.model.holdings), self.model.waiting()
         self.model.applied(changes, outcomes)
         self._compare()
-        self._check_writing(
-            before, outcomes, same=not lost and (held, queue) == (self.model.holdings, self.model.queue)
-        )
+        same = known == (self.model.holdings, self.model.waiting()) and not any(c.ticket for c in changes)
+        self._check_writing(before, outcomes, same and not lost)
         return outcomes
 
     def _check_writing(self, before: dict[str, bytes], outcomes: Sequence[Outcome], same: bool) -> None:
@@ -213,10 +212,13 @@ class Machine(RuleBasedStateMachine):
     def _files(self) -> dict[str, bytes]:
         return {name: data for name, (_, data) in self.host.tree().items() if not name.startswith("log/")}
 
+    def _document(self) -> dict[str, Any]:
+        return json.loads(self.host.ledger.read_bytes()) if self.host.ledger.exists() else {}
+
     def _compare(self) -> None:
         """The ledger's file says what the model says; where there is still none, it is still lost."""
         self.model.lost = not self.host.ledger.exists()
-        document = json.loads(self.host.ledger.read_bytes()) if self.host.ledger.exists() else {}
+        document = self._document()
         found = {
             name: {**{k: v for k, v in raw.items() if k != "devices"}, "uuids": [d["uuid"] for d in raw["devices"]]}
             for name, raw in document.get("allocations", {}).items()
@@ -408,6 +410,9 @@ class Machine(RuleBasedStateMachine):
 
     @rule(by=st.sampled_from(JUMPS))
     def clock_jumps(self, by: timedelta) -> None:
+        for waiter in self._document().get("queue", ()) if not self.model.lost else ():
+            if units.parse_time(waiter["until"]) <= self.world.clock:  # gone: no jump back makes it wait again
+                self.world.alive.discard(Process(waiter["pid"], waiter["pid_started"]))
         self.world.later(by)
 
     @rule(limits=limits_files())

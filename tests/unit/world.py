@@ -233,7 +233,13 @@ class World:
     def create(self, name: str, labels: Mapping[str, str], recorded: Sequence[Slot] = ()) -> Box:
         self._made += 1
         devices = json.dumps([slot.record for slot in recorded])
-        made = {**labels, "ds01.devices": devices, "ds01.created_at": f"{self.clock:%Y-%m-%dT%H:%M:%SZ}"}
+        made = {
+            **labels,
+            "ds01.project": name.partition("._.")[0],
+            "ds01.allocation": name if labels.get("ds01.gpus") != "0" else "",
+            "ds01.devices": devices,
+            "ds01.created_at": f"{self.clock:%Y-%m-%dT%H:%M:%SZ}",
+        }
         box = Box(f"id-{self._made}", name, made if labels else {}, recorded=tuple(recorded), created_at=self.clock)
         self.boxes[name] = box
         return box
