@@ -343,7 +343,7 @@ class Model:
         there = set(self.world.there())
         if any(d.slot not in there or d.slot.health != "ok" for d in holding.devices):
             return True
-        return starts and any(self._booked(d.slot, holding.user) for d in holding.devices)
+        return starts and any(self._booked(d.slot, holding.user) or self._occupied(d.slot) for d in holding.devices)
 
     # --- new grants
 
