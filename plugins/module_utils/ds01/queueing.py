@@ -47,10 +47,8 @@ def keeping(waiters: Sequence[Waiter], config: Config, situation: placement.Situ
 
     How many containers they have is theirs to be asked when it is their turn: here it is not known.
     """
-    containers = situation.containers
-    situation = replace(situation, containers=0)
     for waiter in waiters:
-        limits = limits_of(waiter, config)
+        limits = replace(limits_of(waiter, config), max_containers_per_user=None)
         decision = takeover.decide(waiter.request, limits, situation)
         if isinstance(decision, Grant):
             kept = {d.uuid for d in decision.devices}
@@ -59,4 +57,4 @@ def keeping(waiters: Sequence[Waiter], config: Config, situation: placement.Situ
         else:
             continue  # nothing that may become free would help
         situation = replace(situation, kept={*situation.kept, *kept})
-    return replace(situation, containers=containers)
+    return situation
