@@ -162,10 +162,10 @@ def test_force_breaks_whom_it_names_and_nobody_without_need() -> None:
 
 
 def test_keeping_one_in_use_is_worth_more_operations() -> None:
-    # Without bob the two free ones would stay: two operations less.
-    state = gpu("2g.20gb@2=bob 1g.10gb@4 1g.10gb@5")
-    wanted = "3g.40gb 2g.20gb 1g.10gb 1g.10gb"
-    assert shown(plan_gpu(state, cut(wanted), {"p._.bob"})).count("=2g.20gb@2") == 1
+    """Without bob's, three operations would do: 3g at 0, 1g.20gb at 6, and both 1g stay."""
+    state = gpu("1g.20gb@2=bob 1g.10gb@4 1g.10gb@5")
+    steps = shown(plan_gpu(state, cut("3g.40gb 1g.20gb 1g.10gb 1g.10gb"), {"p._.bob"}))
+    assert steps == "-1g.10gb@4 -1g.10gb@5 =1g.20gb@2 +3g.40gb@4 +1g.10gb@0 +1g.10gb@1"
 
 
 def test_what_is_no_container_of_ours_cannot_be_forced() -> None:
