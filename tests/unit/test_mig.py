@@ -9,6 +9,7 @@ from time import process_time
 import pytest
 from ds01 import mig
 from ds01.mig import GpuState, Holder, LayoutRefusal, Plan, plan_gpu
+from ds01.slotmap import Block, draw
 from ds01.units import format_time
 from mig_support import A100, TABLES, cut, gpu, held, instances
 from support import NOW
@@ -254,3 +255,23 @@ POSSIBLE = {
 def test_possible(before: str, expected: str) -> None:
     found = mig.possible(A100, instances(before))
     assert " ".join(f"{name}:{len(starts)}" for name, starts in found.items()) == expected
+
+
+# --- drawn
+
+
+@pytest.mark.parametrize(
+    ("model", "text"), [("A30-24GB", "1g.6gb+me@1"), ("RTX-PRO-6000", "1g.24gb+me.all@3 2g.48gb@6")]
+)
+def test_a_map_fits_a_terminal_and_its_lines_line_up(model: str, text: str) -> None:
+    table = TABLES[model]
+    blocks = [Block(i.start, i.size, i.profile, "somebody-with-a-long-name") for i in instances(text, table)]
+    labels, owners, numbers = draw(table.width, blocks)
+    assert len(labels) == len(owners) <= 76
+    for block in blocks:
+        assert labels[numbers.index(f" {block.start}") :].startswith("|" + block.label)
+    assert [n for n, c in enumerate(labels) if c == "|"] == [n for n, c in enumerate(owners) if c == "|"]
+
+
+def test_an_empty_gpu_is_one_free_run() -> None:
+    assert draw(4, []) == ["|" + "." * 63 + "|", " 0               1               2               3"]

@@ -8,11 +8,14 @@ import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import layouts, limits
+from . import limits
 from .errors import Ds01Error
 from .libraries import require
+
+if TYPE_CHECKING:
+    from .layouts import Layouts
 
 SCHEMA_NAME = "resource-limits.schema.json"
 LAYOUTS_SCHEMA_NAME = "mig-layouts.schema.json"
@@ -152,8 +155,10 @@ def load(path: Path) -> limits.Config:
     return parsed
 
 
-def load_layouts(path: Path) -> layouts.Layouts:
+def load_layouts(path: Path) -> Layouts:
     """The checked MIG layouts. Raises Ds01Error `config_invalid` with the path of what is wrong."""
+    from . import layouts  # most runs need the limits alone
+
     document = read_document(path, "file of MIG layouts", _LAYOUTS_HINTS)
     _validate(document, json.loads(find_schema(path, LAYOUTS_SCHEMA_NAME).read_text(encoding="utf-8")), path)
     try:

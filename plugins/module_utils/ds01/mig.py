@@ -383,7 +383,19 @@ def _unable(gpu: GpuState, cut: Cut) -> LayoutRefusal | None:
     if not gpu.capable:
         return LayoutRefusal("profile_not_available", f"{who} has no MIG.", gpu=gpu.index)
     unknown = [name for name in cut.counts if name not in gpu.table.by_name]
-    return _unknown(gpu, who, unknown[0]) if unknown else _too_many(gpu, who, cut)
+    if unknown:
+        return _unknown(gpu, who, unknown[0])
+    return _untold(gpu, who, cut) or _too_many(gpu, who, cut)
+
+
+def _untold(gpu: GpuState, who: str, cut: Cut) -> LayoutRefusal | None:
+    """A GPU tells where its profiles may be only while its MIG mode is on."""
+    untold = [name for name in cut.counts if not gpu.table.by_name[name].starts]
+    if not untold:
+        return None
+    message = f"{who} does not tell where {untold[0]} could be placed{'' if gpu.mig else ' while its MIG mode is off'}."
+    hint = "" if gpu.mig else f"Switch it on first, without instances: ds01 mig apply --gpu {gpu.index}="
+    return LayoutRefusal("layout_impossible", message, hint, gpu=gpu.index)
 
 
 def _unknown(gpu: GpuState, who: str, name: str) -> LayoutRefusal:
