@@ -271,6 +271,14 @@ def test_who_is_in_the_way_is_named_and_may_be_forced(server: Server) -> None:
     assert "  ! this takes 2g.20gb at 0-1 from p._.alice of alice until" in forced.out
 
 
+def test_a_whole_gpu_that_somebody_has_is_not_cut(server: Server) -> None:
+    assert server.allocate("alice", "p", "--profile", "full").json["allocation"]["gpu_id"] == "0"
+    assert "  used as a whole by p._.alice of alice\n" in server.ds01("mig", "list").out
+    refused = server.ds01("mig", "plan", "--gpu", "0=2g.20gb")
+    assert refused.code == 1
+    assert "GPU 0 cannot become 2g.20gb: the GPU itself is in use by p._.alice of alice." in refused.err
+
+
 USAGE: dict[str, tuple[list[str], int, str]] = {
     "no such GPU": (["--gpu", "9="], 2, "There is no GPU 9 here. There are: 0, 1, 2, 3."),
     "a GPU twice": (["--gpu", "1=", "--gpu", "1=full"], 2, "GPU 1 is given twice."),
