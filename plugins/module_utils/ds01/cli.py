@@ -18,7 +18,7 @@ from typing import Any
 
 from . import accounts, config, names, nvml, overview, terminal, units, waiting
 from .allocations import Allocations
-from .errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_REFUSED, EXIT_UNAVAILABLE, Ds01Error, exit_code
+from .errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_REFUSED, EXIT_UNAVAILABLE, Ds01Error, exit_code, invalid_input
 from .limits import as_dict, resolve_all
 from .lint import lint
 from .model import Inventory
@@ -190,6 +190,43 @@ def _cmd_rebuild(args: argparse.Namespace, ds01: Allocations) -> int:
     return EXIT_OK
 
 
+def _cmd_mig_list(args: argparse.Namespace, ds01: Allocations) -> int:
+    from . import mig_text, partitions
+
+    listing = partitions.listing(partitions.look(ds01, strict=False))
+    if args.json:
+        _print_json(listing)
+    else:
+        print(mig_text.list_text(listing))
+    return EXIT_OK
+
+
+def _cmd_mig_plan(args: argparse.Namespace, ds01: Allocations) -> int:
+    from . import mig_text, partitions
+
+    host = partitions.look(ds01)
+    planned = partitions.planned(host, _wanted_layout(args, ds01, host.gpus), args.force)
+    if args.json:
+        _print_json(planned.result())
+    else:
+        print(mig_text.plan_text(planned.host.gpus, planned.plans))
+    return EXIT_OK
+
+
+def _wanted_layout(args: argparse.Namespace, ds01: Allocations, gpus: Sequence[Any]) -> Mapping[int, Any]:
+    """How each GPU is wanted, by index."""
+    from . import layouts
+
+    if args.layout:
+        return layouts.select(config.load_layouts(args.layouts or ds01.paths.layouts), args.layout, gpus)
+    cuts = {}
+    for index, text in args.gpu:
+        if index in cuts:
+            raise invalid_input(f"GPU {index} is given twice.", "Name all its profiles in one --gpu.")
+        cuts[index] = layouts.parse_cut(text)
+    return cuts
+
+
 def _show(outcome: Outcome, as_json: bool) -> int:
     if as_json:
         _print_json(outcome.result())
@@ -222,6 +259,14 @@ def _whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
+
+
+def _gpu_layout(text: str) -> tuple[int, str]:
+    """`1=3g.40gb,2g.20gb` as (1, "3g.40gb,2g.20gb")."""
+    index, equals, profiles = text.partition("=")
+    if not equals or not index.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 1=3g.40gb,2g.20gb (1=full: MIG off)")
+    return int(index), profiles
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -311,6 +356,8 @@ def _parser() -> argparse.ArgumentParser:
     log.add_argument("--user", help="only this user's")
     log.add_argument("--container", metavar="NAME", help="only this container's, or this project's")
 
+    _add_mig(commands, add)
+
     actions = commands.add_parser("config", help="The limits file.", description="The limits file.")
     check = add(
         "check",
@@ -322,6 +369,32 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("file", nargs="?", help="default: the one in force")
     check.add_argument("--strict", action="store_true", help="exit 1 when there is anything to look at")
     return parser
+
+
+def _add_mig(commands: Any, add: Callable[..., Any]) -> None:
+    cutting = commands.add_parser("mig", help="How the GPUs are cut.", description="How the GPUs are cut.")
+    mig = cutting.add_subparsers(dest="action", required=True, metavar="ACTION")
+    add("list", _cmd_mig_list, "Show how each GPU is cut, who has what, and what still fits.", "ds01 mig list", mig)
+    plan = add(
+        "plan",
+        _cmd_mig_plan,
+        "Show what it takes to cut the GPUs as wanted. Changes nothing.",
+        "ds01 mig plan --gpu 1=3g.40gb,2g.20gb,1g.10gb",
+        mig,
+    )
+    wanted = plan.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--layout", metavar="NAME", help="a layout of the layouts file")
+    wanted.add_argument(
+        "--gpu",
+        type=_gpu_layout,
+        action="append",
+        metavar="N=PROFILES",
+        help="a GPU and its profiles (1=: MIG without instances, 1=full: MIG off)",
+    )
+    plan.add_argument("--layouts", type=Path, metavar="FILE", help="default: mig-layouts.yaml beside the limits file")
+    plan.add_argument(
+        "--force", action="append", default=[], metavar="CONTAINER", help="full name of one whose devices it may break"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The limits file on disk: read, checked against its schema, parsed. An adapter."""
+"""The limits file and the MIG layouts on disk: read, checked against their schemas, parsed. An adapter."""
 
 from __future__ import annotations
 
@@ -8,15 +8,27 @@ import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import limits
 from .errors import Ds01Error
 from .libraries import require
 
+if TYPE_CHECKING:
+    from .layouts import Layouts
+
 SCHEMA_NAME = "resource-limits.schema.json"
+LAYOUTS_SCHEMA_NAME = "mig-layouts.schema.json"
 MAX_BYTES = 4 * 1024 * 1024
 _MERGE, _TEXT = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:str"
+_LIMITS_HINTS = (
+    "On a server playbooks/site.yml puts it there; DS01_CONFIG names another.",
+    "Start from config/resource-limits.yaml; nothing is granted without it.",
+)
+_LAYOUTS_HINTS = (
+    "Start from config/mig-layouts.yaml, or name the profiles of each GPU: --gpu 0=3g.40gb,2g.20gb.",
+    "Start from config/mig-layouts.yaml.",
+)
 _PLAIN_INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")
 
 
@@ -48,19 +60,16 @@ def _yaml_loader(yaml: Any) -> type:
     return Loader
 
 
-def read_document(path: Path) -> Mapping[str, Any]:
-    """The YAML document, or Ds01Error `config_invalid` with file and line."""
+def read_document(path: Path, what: str = "limits file", hints: tuple[str, str] = _LIMITS_HINTS) -> Mapping[str, Any]:
+    """The YAML document, or Ds01Error `config_invalid` with file and line. `what` names the file to people,
+    `hints` say what helps where it cannot be read, and where it is empty."""
     yaml = require("yaml", "PyYAML")
     try:
         data = path.read_bytes()
     except OSError as exc:
-        raise _invalid(
-            path,
-            f"the limits file cannot be read ({exc.strerror}).",
-            "On a server playbooks/site.yml puts it there; DS01_CONFIG names another.",
-        ) from None
+        raise _invalid(path, f"the {what} cannot be read ({exc.strerror}).", hints[0]) from None
     if len(data) > MAX_BYTES:
-        raise _invalid(path, f"the limits file is larger than {MAX_BYTES // 1024**2} MiB.")
+        raise _invalid(path, f"the {what} is larger than {MAX_BYTES // 1024**2} MiB.")
     try:
         document = yaml.load(data, Loader=_yaml_loader(yaml))
     except yaml.MarkedYAMLError as exc:
@@ -69,11 +78,7 @@ def read_document(path: Path) -> Mapping[str, Any]:
     except (yaml.YAMLError, ValueError) as exc:
         raise _invalid(path, f"this is not YAML: {' '.join(str(exc).split())}.") from None
     if document is None:
-        raise _invalid(
-            path,
-            "the limits file is empty.",
-            "Start from config/resource-limits.yaml; nothing is granted without it.",
-        )
+        raise _invalid(path, f"the {what} is empty.", hints[1])
     return document
 
 
@@ -121,18 +126,18 @@ def _members(directory: Path) -> dict[str, tuple[str, ...]]:
     return result
 
 
-def find_schema(config_path: Path) -> Path:
-    """The schema beside the limits file, else the one of the checkout or the installed package."""
+def find_schema(config_path: Path, name: str = SCHEMA_NAME) -> Path:
+    """The schema beside the file, else the one of the checkout or the installed package."""
     here = Path(__file__).resolve()
     candidates = [
-        config_path.parent / SCHEMA_NAME,
-        here.parents[3] / "config" / SCHEMA_NAME,
-        Path("/etc/ds01") / SCHEMA_NAME,
+        config_path.parent / name,
+        here.parents[3] / "config" / name,
+        Path("/etc/ds01") / name,
     ]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise _invalid(config_path, f"{SCHEMA_NAME} was not found beside it.", "Run playbooks/site.yml to install it.")
+    raise _invalid(config_path, f"{name} was not found beside it.", "Run playbooks/site.yml to install it.")
 
 
 def load(path: Path) -> limits.Config:
@@ -148,3 +153,15 @@ def load(path: Path) -> limits.Config:
     if near and parsed.default_group not in parsed.groups:
         raise _invalid(path, f"default_group: no group is called {parsed.default_group!r}; did you mean {near[0]}?")
     return parsed
+
+
+def load_layouts(path: Path) -> Layouts:
+    """The checked MIG layouts. Raises Ds01Error `config_invalid` with the path of what is wrong."""
+    from . import layouts  # most runs need the limits alone
+
+    document = read_document(path, "file of MIG layouts", _LAYOUTS_HINTS)
+    _validate(document, json.loads(find_schema(path, LAYOUTS_SCHEMA_NAME).read_text(encoding="utf-8")), path)
+    try:
+        return layouts.parse(document)
+    except Ds01Error as exc:
+        raise _invalid(path, exc.message) from None

@@ -7,13 +7,17 @@ does. Handles are read and dropped inside one call, for they do not survive a la
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import Ds01Error
 from .libraries import require
 from .model import FULL, Device, Gpu, Inventory
+
+if TYPE_CHECKING:
+    from . import mig
 
 _MAX_GI_PROFILES = 64
 _MIB = 1024**2
@@ -89,6 +93,99 @@ class Nvml:
                 if not _lost(exc):
                     raise _unreadable(gpu.index, exc) from None
         return found
+
+    def layout(self, inventory: Inventory) -> tuple[mig.GpuState, ...]:
+        """How each GPU is cut and could be: its profiles with their placements, and its instances.
+
+        Instances without a compute instance are listed too, which no MIG device tells of. No GPU tells
+        placements while its MIG mode is off.
+        """
+        return tuple(self._gpu_state(gpu, inventory) for gpu in inventory.gpus)
+
+    def _gpu_state(self, gpu: Gpu, inventory: Inventory) -> mig.GpuState:
+        from . import mig  # a run that changes no layout does without
+
+        lost = mig.GpuState(gpu.index, gpu.uuid, gpu.name, gpu.mig, health="lost")
+        if gpu.health == "lost":
+            return lost
+        try:
+            handle = self._n.nvmlDeviceGetHandleByIndex(gpu.index)
+            mode = self._optional(self._n.nvmlDeviceGetMigMode, None, handle)
+            table = mig.Table(tuple(self._profile(handle, info) for info in self._profiles(handle).values()))
+            return mig.GpuState(
+                index=gpu.index,
+                uuid=gpu.uuid,
+                name=gpu.name,
+                mig=gpu.mig,
+                table=table,
+                instances=self._instances(handle, table, [d for d in inventory.devices if d.gpu_uuid == gpu.uuid]),
+                pending=bool(mode[1]) if mode else None,
+                capable=mode is not None,
+                model_id=self._n.nvmlDeviceGetPciInfo(handle).pciDeviceId,
+                health=gpu.health,
+            )
+        except self._n.NVMLError as exc:
+            if _lost(exc):
+                return lost
+            raise _unreadable(gpu.index, exc) from None
+
+    def _profile(self, handle: Any, info: Any) -> mig.Profile:
+        from . import mig
+
+        places = self._optional(self._placements, (), handle, info.id)
+        return mig.Profile(
+            name=_profile_name(info.name),
+            id=info.id,
+            slices=info.sliceCount,
+            size=max((size for _, size in places), default=0),
+            starts=tuple(sorted(start for start, _ in places)),
+            most=info.instanceCount,
+            memory_mib=info.memorySizeMB,
+        )
+
+    def _placements(self, handle: Any, profile_id: int) -> list[tuple[int, int]]:
+        """(start, size) of every placement of a profile: asked how many, then which."""
+        ask, count = self._n.nvmlDeviceGetGpuInstancePossiblePlacements, ctypes.c_uint(0)
+        ask(handle, profile_id, None, ctypes.byref(count))
+        found = (self._n.c_nvmlGpuInstancePlacement_t * count.value)()
+        ask(handle, profile_id, found, ctypes.byref(count))
+        return [(place.start, place.size) for place in found[: count.value]]
+
+    def _instances(self, handle: Any, table: mig.Table, devices: Sequence[Device]) -> tuple[mig.Instance, ...]:
+        from . import mig
+
+        inside = self._devices_by_instance(handle, [d for d in devices if not d.is_full])
+        names = {p.id: p.name for p in table.profiles}
+        found = []
+        for info in (self._n.nvmlGpuInstanceGetInfo(gi) for p in table.profiles for gi in self._listed(handle, p)):
+            here = inside.get(info.id, [])
+            name = names[info.profileId]
+            found.append(
+                mig.Instance(
+                    id=info.id,
+                    profile=name,
+                    start=info.placement.start,
+                    size=info.placement.size,
+                    devices=tuple(d.uuid for d in here),
+                    whole=[d.profile for d in here] == [name],
+                )
+            )
+        return tuple(sorted(found, key=lambda i: (i.start, i.id)))
+
+    def _devices_by_instance(self, handle: Any, devices: Sequence[Device]) -> dict[int, list[Device]]:
+        """The MIG devices of each GPU instance, by its id."""
+        found: dict[int, list[Device]] = {}
+        for device in devices:
+            mig_handle = self._n.nvmlDeviceGetMigDeviceHandleByIndex(handle, device.index[1])
+            found.setdefault(self._n.nvmlDeviceGetGpuInstanceId(mig_handle), []).append(device)
+        return found
+
+    def _listed(self, handle: Any, profile: mig.Profile) -> list[Any]:
+        """The instances of one profile; none while MIG is off."""
+        found, count = (self._n.c_nvmlGpuInstance_t * profile.most)(), ctypes.c_uint(profile.most)
+        args = (handle, profile.id, found, ctypes.byref(count))
+        told = self._optional(lambda *a: self._n.nvmlDeviceGetGpuInstances(*a) or True, False, *args)
+        return list(found[: count.value]) if told else []
 
     def _processes(self, index: int, devices: Sequence[Device]) -> dict[str, tuple[int, ...]]:
         """Asked of the GPU once: in MIG mode it tells each process's instances to root."""

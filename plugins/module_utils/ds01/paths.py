@@ -33,6 +33,11 @@ class Paths:
         return self.state / "gpu-state.json"
 
     @property
+    def layouts(self) -> Path:
+        """The MIG layouts, beside the limits file."""
+        return self.config.parent / "mig-layouts.yaml"
+
+    @property
     def metadata(self) -> Path:
         return self.state / "container-metadata"
 

@@ -1,0 +1,126 @@
+"""What `ds01 mig` prints for people: maps of the GPUs' slices, what still fits, plans. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from . import mig, slotmap, terminal
+from .mig import GpuState, Instance, Plan, Step
+from .slotmap import Block
+
+_MARGIN = "  "
+_INSTANCES = {
+    "id": "Device",
+    "profile": "Profile",
+    "place": "Slices",
+    "status": "State",
+    "user": "User",
+    "container": "Container",
+    "until": "Held until",
+}
+_SIGNS = {mig.CREATE: "+", mig.DESTROY: "-", mig.ENABLE: "+", mig.DISABLE: "-"}
+
+
+def list_text(listing: Mapping[str, Any]) -> str:
+    """`ds01 mig list`, from its JSON form."""
+    parts = []
+    for gpu in listing["gpus"]:
+        rows = [row for row in listing["instances"] if row["gpu"] == gpu["index"]]
+        parts.append("\n".join(_gpu_lines(gpu, rows)))
+    if listing["instances"]:
+        rows = [{**row, "place": _slices(*row["placement"])} for row in listing["instances"]]
+        parts.append(terminal.table(rows, _INSTANCES))
+    problems = [f"Not everything could be seen: {problem['msg']}" for problem in listing["problems"]]
+    return "\n\n".join([*parts, *problems]) or "This host has no GPU."
+
+
+def _gpu_lines(gpu: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    yield f"GPU {gpu['index']}  {gpu['name']}, {_mode(gpu)}"
+    for user in gpu["in_use_by"]:
+        yield f"{_MARGIN}used as a whole by {user}"
+    if not gpu["mig"] or not gpu["memory_slices"]:
+        return
+    for line in slotmap.draw(gpu["memory_slices"], _blocks(rows)):
+        yield _MARGIN + line
+    fits = ", ".join(f"{name} at {_or(starts)}" for name, starts in gpu["possible"].items())
+    yield f"{_MARGIN}fits beside: {fits}" if fits else f"{_MARGIN}nothing more fits"
+
+
+def _mode(gpu: Mapping[str, Any]) -> str:
+    if gpu["health"] == "lost":
+        return "lost"
+    if not gpu["mig_capable"]:
+        return "no MIG"
+    pending = gpu["mig_pending"]
+    after = "" if pending is None else f" ({'on' if pending else 'off'} after the next reset)"
+    return f"MIG {'on' if gpu['mig'] else 'off'}{after}"
+
+
+def _blocks(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """A block for each GPU instance: of one that is divided, its rows together."""
+    found: dict[tuple[int, int], Block] = {}
+    for row in rows:
+        start, size = row["placement"]
+        owner = row["user"] or row["status"]
+        if row["status"] == "held":
+            owner += " (held)"
+        found.setdefault((start, size), Block(start, size, row["profile"], owner))
+    return list(found.values())
+
+
+def _or(starts: Sequence[int]) -> str:
+    *first, last = map(str, starts)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _slices(start: int, size: int) -> str:
+    return str(start) if size == 1 else f"{start}-{start + size - 1}"
+
+
+def plan_text(gpus: Sequence[GpuState], plans: Sequence[Plan]) -> str:
+    """`ds01 mig plan`: of every GPU that changes the slices before and after, and the operations."""
+    by_index = {gpu.index: gpu for gpu in gpus}
+    return "\n\n".join("\n".join(_plan_lines(by_index[plan.gpu], plan)) for plan in plans)
+
+
+def _plan_lines(gpu: GpuState, plan: Plan) -> Iterator[str]:
+    if not plan.changes:
+        yield f"GPU {gpu.index}  {gpu.name}: as wanted, nothing to do"
+        return
+    yield f"GPU {gpu.index}  {gpu.name}"
+    yield from _titled("now", gpu, [_block(i) for i in gpu.instances] if gpu.mig else None)
+    off = any(step.action == mig.DISABLE for step in plan.steps)
+    yield from _titled("then", gpu, None if off else list(_after(gpu, plan)))
+    yield from (f"{_MARGIN}{_SIGNS[step.action]} {_step(step)}" for step in plan.changes)
+    yield from (
+        f"{_MARGIN}! this takes {i.profile} at {_slices(*i.placement)} from {h}" for i in plan.broken for h in i.holders
+    )
+
+
+def _titled(title: str, gpu: GpuState, blocks: Sequence[Block] | None) -> Iterator[str]:
+    """A map with its title before the first line; None: a whole GPU."""
+    lines = ["MIG off: a whole GPU"] if blocks is None else slotmap.draw(gpu.table.width, blocks)
+    for number, line in enumerate(lines):
+        yield f"{_MARGIN}{title if number == 0 else '':<5} {line}"
+
+
+def _block(instance: Instance) -> Block:
+    owner = instance.holders[0].user or "in use" if instance.holders else "free" if instance.devices else "leftover"
+    return Block(instance.start, instance.size, instance.profile, owner)
+
+
+def _after(gpu: GpuState, plan: Plan) -> Iterator[Block]:
+    there = {i.placement: i for i in gpu.instances}
+    for step in plan.steps:
+        if step.placement and step.action == mig.KEEP:
+            yield _block(there[step.placement])
+        elif step.placement and step.action == mig.CREATE:
+            yield Block(*step.placement, step.profile, "new")
+
+
+def _step(step: Step) -> str:
+    if step.placement is None:
+        return f"{step.action} MIG mode"
+    uuid = f"  ({step.uuid})" if step.uuid else ""
+    return f"{step.action} {step.profile} at {_slices(*step.placement)}{uuid}"
