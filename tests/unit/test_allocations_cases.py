@@ -145,6 +145,19 @@ def test_a_start_past_ds01_survives_the_loss_of_the_ledger(stage: Stage) -> None
     assert not stage.ask("p._.carol").ok, "alice's container runs with it"
 
 
+def test_a_hold_whose_container_was_started_past_ds01_does_not_give_way(stage: Stage) -> None:
+    """Its owner asks in the same batch, so that nobody else has noticed the start yet."""
+    full_house(stage)
+    box = stage.world.boxes["p._.carol"]
+    stage.world.stop(box)
+    stage.call(stage.change("held", "p._.carol"))
+    stage.world.start(box)
+    refused, _ = stage.call(
+        stage.change("allocated", "p._.bob", priority=90, may_raise=True), stage.change("allocated", "p._.carol")
+    )
+    assert (refused.reason, refused.given_up) == ("no_gpu_available", ())
+
+
 # --- the queue
 
 

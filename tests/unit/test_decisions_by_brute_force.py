@@ -25,7 +25,7 @@ LAYOUTS = (
     [["1g.10gb", "3g.40gb"], ["2g.20gb", "2g.20gb"]],
 )
 PROFILES = [None, FULL, "1g.10gb", "2g.20gb", "3g.40gb"]
-FACTS = ["free", "free", "free", "mine", "theirs", "occupied", "sick", "booked", "kept"]
+FACTS = ["free", "free", "free", "free", "mine", "mine", "theirs", "occupied", "sick", "booked", "kept"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Scene:
     limits: Limits
     strategy: str
     booked_for_me: tuple[str, ...] = ()
+    held: bool = False
 
     @property
     def situation(self) -> Situation:
@@ -45,7 +46,8 @@ class Scene:
             return tuple(d for d in self.inventory.devices if self.facts[d.id] == fact)
 
         def has(user: str, devices: tuple[Device, ...]) -> Allocation:
-            return Allocation(f"old._.{user}", user, devices, 10, NOW, container_id="c0ffee")
+            stopped = NOW - HOUR if self.held else None
+            return Allocation(f"old._.{user}", user, devices, 10, NOW, stopped, "c0ffee")
 
         sick = {d.id for d in those("sick")}
         devices = tuple(replace(d, health="failed") if d.id in sick else d for d in self.inventory.devices)
@@ -90,18 +92,21 @@ class Scene:
 def scenes(draw: st.DrawFn) -> Scene:
     inventory = machine(*draw(st.sampled_from(LAYOUTS)))
     limits = {
-        "max_gpus": draw(st.sampled_from([None, None, 0, 1, 2, 3])),
-        "max_gpus_per_container": draw(st.sampled_from([None, None, 0, 1, 2])),
+        "max_gpus": draw(st.sampled_from([None, None, None, 0, 1, 2, 3])),
+        "max_gpus_per_container": draw(st.sampled_from([None, None, None, 0, 1, 2])),
         "max_gpu_equivalents": draw(st.sampled_from([None, 0, "2/7", "3/7", "4/7", 1, "9/7", 2])),
-        "allow_full_gpu": draw(st.booleans()),
+        "allow_full_gpu": draw(st.sampled_from([True, True, False])),
     }
     return Scene(
         inventory=inventory,
         facts={d.id: draw(st.sampled_from(FACTS)) for d in inventory.devices},
-        request=Request("new._.alice", "alice", draw(st.integers(1, 3)), draw(st.sampled_from(PROFILES))),
+        request=Request(
+            "new._.alice", "alice", draw(st.sampled_from([1, 1, 2, 3])), draw(st.sampled_from([None, *PROFILES]))
+        ),
         limits=limits_of("alice", **limits),
         strategy=draw(st.sampled_from(["packed", "least_allocated"])),
         booked_for_me=tuple(draw(st.lists(st.sampled_from([d.id for d in inventory.devices]), max_size=2))),
+        held=draw(st.booleans()),
     )
 
 
