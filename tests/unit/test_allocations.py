@@ -623,6 +623,16 @@ def test_a_device_that_is_not_there_any_more_is_not_projected_whatever_nvidia_s_
     assert set(projections(host)) == {"p._.bob", "p._.carol"}
 
 
+def test_a_device_that_is_only_called_otherwise_stays_projected(ds01: Allocations, host: Host, driver: Driver) -> None:
+    """The same UUID under another index: the record changes, and the CDI file already says what it should."""
+    ds01.apply([change("allocated", "alice")])
+    first, *others = INVENTORY.devices
+    driver.now = replace(INVENTORY, devices=(replace(first, id="0:6"), *others))
+    ds01.apply([change("allocated", "bob")])
+    assert ds01.store.read().allocations["p._.alice"].gpu_id == "0:6"
+    assert projections(host) == ledger_says(host)
+
+
 def test_a_held_device_that_something_else_uses_is_not_started_on(ds01: Allocations, driver: Driver) -> None:
     ds01.apply([change("allocated", "alice"), change("held", "alice")])
     driver.busy = {"MIG-0-0": (1,)}

@@ -162,7 +162,7 @@ class Allocations:
             plan = self._plan(changes, transaction.ledger, seen, sources)
             moved = _moved(transaction.ledger, plan.ledger)
             stopped = set(moved) - seen.running
-            project = (a for a in _to_project(plan, moved) if _all_there(a, seen.inventory))
+            project = (a for a in _to_project(plan, transaction.ledger) if _all_there(a, seen.inventory))
             self._carry_out(transaction, plan.ledger, plan.now, moved, project, plan.spec, stopped)
         return plan
 
@@ -203,7 +203,7 @@ class Allocations:
     def _prepare(self, rewrite: Rewrite, allocations: Iterable[Allocation], spec: Mapping[str, Any] | None) -> None:
         """Their devices, as far as NVIDIA's spec has them. Raises OSError."""
         for allocation in allocations:
-            uuids = [d.uuid for d in allocation.devices]
+            uuids = _uuids(allocation)
             if spec is not None and self.cdi.problem(uuids, spec) is None:
                 rewrite.project(allocation.container, uuids, spec)
 
@@ -258,7 +258,7 @@ class Allocations:
     def _wrongly_projected(self, allocations: Mapping[str, Allocation]) -> list[str]:
         """Containers whose CDI device says something else: what it names may be somebody else's next."""
         had = {container: self.cdi.projected(container) for container in self.cdi.containers()}
-        has = {a.container: tuple(d.uuid for d in a.devices) for a in allocations.values()}
+        has = {a.container: _uuids(a) for a in allocations.values()}
         return [container for container in had if had[container] != has.get(container)]
 
     def foresee_rebuild(self) -> rebuild.Rebuilt:
@@ -291,7 +291,7 @@ class Allocations:
         if allocation is None:
             return refused(name, Refusal("not_allocated", f"Nothing is allocated to {name.full}.", "See: ds01 status"))
         wanted = gpu.replace(".", ":") if gpu and not gpu.startswith(("GPU-", "MIG-")) else gpu
-        if wanted and wanted not in (allocation.gpu_id, *(d.uuid for d in allocation.devices)):
+        if wanted and wanted not in (allocation.gpu_id, *_uuids(allocation)):
             message = f"{name.full} has {allocation.gpu_id}, not {wanted}."
             return refused(name, Refusal("not_allocated", message), allocation)
         with nvml.session() as driver:
@@ -303,7 +303,7 @@ class Allocations:
         if projected is None and engine.disabled():
             message = f"{name.full} has {allocation.gpu_id}: present and healthy; there is no engine to project it for."
             return Outcome(name, "granted", message, allocation=allocation, before=allocation)
-        if projected != tuple(d.uuid for d in allocation.devices):
+        if projected != _uuids(allocation):
             message = f"{name.full} has {allocation.gpu_id}, but no CDI device says so: it would not start."
             hint = f"Mend it with: ds01 allocate --user {name.user} --container {name.project}"
             return refused(name, Refusal("not_allocated", message, hint), allocation)
@@ -396,7 +396,7 @@ class Allocations:
             return outcome
         if spec is None and engine.disabled():
             return replace(outcome, warnings=("No NVIDIA CDI spec on this host: no CDI device was written.",))
-        problem = self.cdi.problem([d.uuid for d in outcome.allocation.devices], spec)
+        problem = self.cdi.problem(_uuids(outcome.allocation), spec)
         if problem is None:
             return outcome
         hint = "Write it anew with: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
@@ -434,9 +434,8 @@ def _events(outcome: Outcome) -> Iterator[tuple[str, Allocation | None, str, str
 
 
 def _moved(before: Ledger, after_: Ledger) -> list[str]:
-    """Containers whose devices are others than before, or none any more."""
-    had = {name: a.devices for name, a in before.allocations.items()}
-    has = {name: a.devices for name, a in after_.allocations.items()}
+    """Containers whose devices are others than before, or none any more; another name is no other device."""
+    had, has = ({name: _uuids(a) for name, a in now.allocations.items()} for now in (before, after_))
     return sorted(name for name in had if has.get(name) != had[name])
 
 
@@ -458,13 +457,18 @@ def _granting(outcome: Outcome) -> bool:
     return outcome.ok and outcome.reason in ("granted", "already_allocated")
 
 
-def _to_project(plan: _Plan, moved: Sequence[str]) -> Iterator[Allocation]:
-    """Whose CDI devices are to be written: moved and asked for; after a reboot everybody's."""
-    asked = (o.name.full for o in plan.outcomes if _granting(o))
-    everybody = plan.ledger.allocations if plan.rebooted else ()
-    for name in dict.fromkeys((*moved, *asked, *everybody)):
-        if name in plan.ledger.allocations:
-            yield plan.ledger.allocations[name]
+def _to_project(plan: _Plan, before: Ledger) -> Iterator[Allocation]:
+    """Whose CDI devices are to be written: moved, renamed and asked for; after a reboot everybody's."""
+    asked = {o.name.full for o in plan.outcomes if _granting(o)}
+    for name, allocation in plan.ledger.allocations.items():
+        known = before.allocations.get(name)
+        if plan.rebooted or name in asked or (known and known.devices != allocation.devices):
+            yield allocation
+
+
+def _uuids(allocation: Allocation) -> tuple[str, ...]:
+    """What a CDI device is written from."""
+    return tuple(device.uuid for device in allocation.devices)
 
 
 def _all_there(allocation: Allocation, inventory: Inventory) -> bool:
