@@ -279,7 +279,7 @@ from ansible.module_utils.ds01.container_spec import ContainerRequest
 from ansible.module_utils.ds01.containers import DEFAULT_STOP_TIMEOUT, RECREATE, STATES, Containers, Report, Wish
 from ansible.module_utils.ds01.errors import Ds01Error, invalid_input
 from ansible.module_utils.ds01.paths import Paths
-from ansible.module_utils.ds01_module import fail, finish
+from ansible.module_utils.ds01_module import fail, finish, items
 
 ITEM = {
     "state": {"type": "str", "choices": list(STATES), "default": "started"},
@@ -341,11 +341,6 @@ def to_wish(item: dict, allocations: Allocations) -> Wish:
     )
 
 
-def _items(params: dict) -> list:
-    """The batch, which may be empty, or the one item that the options are."""
-    return [params] if params["containers"] is None else params["containers"]
-
-
 def to_diff(report: Report) -> dict:
     header = report.name.full
     return {"before_header": header, "after_header": header, "before": report.before, "after": report.after}
@@ -361,7 +356,7 @@ def main() -> None:
     try:
         allocations = Allocations(Paths.from_env())
         containers = Containers(allocations)
-        wishes = [to_wish(item, allocations) for item in _items(module.params)]
+        wishes = [to_wish(item, allocations) for item in items(module, "containers")]
         reports = (containers.preview if module.check_mode else containers.apply)(wishes)
     except Ds01Error as exc:
         fail(module, exc)

@@ -200,7 +200,7 @@ from ansible.module_utils.ds01.allocations import Allocations
 from ansible.module_utils.ds01.errors import Ds01Error
 from ansible.module_utils.ds01.paths import Paths
 from ansible.module_utils.ds01.transitions import STATES, Change, Outcome, describe
-from ansible.module_utils.ds01_module import fail, finish
+from ansible.module_utils.ds01_module import fail, finish, items
 
 ITEM = {
     "state": {"type": "str", "choices": list(STATES), "default": "allocated"},
@@ -240,11 +240,6 @@ def to_change(item: dict, allocations: Allocations) -> Change:
     )
 
 
-def _items(params: dict) -> list:
-    """The batch, which may be empty, or the one item that the options are."""
-    return [params] if params["allocations"] is None else params["allocations"]
-
-
 def to_diff(outcome: Outcome) -> dict:
     before, after = (describe(a) if a else {} for a in (outcome.before, outcome.allocation))
     return {"before_header": outcome.name.full, "after_header": outcome.name.full, "before": before, "after": after}
@@ -259,7 +254,7 @@ def main() -> None:
     )
     try:
         allocations = Allocations(Paths.from_env())
-        changes = [to_change(item, allocations) for item in _items(module.params)]
+        changes = [to_change(item, allocations) for item in items(module, "allocations")]
         outcomes = allocations.preview(changes) if module.check_mode else waiting.apply(allocations, changes)
         results = [outcome.result() for outcome in outcomes]
         generation = allocations.store.read().generation

@@ -9,6 +9,11 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.ds01.errors import Ds01Error
 
 
+def items(module: AnsibleModule, batch: str) -> list[dict[str, Any]]:
+    """What is asked for: the option `batch`, which may be empty, or the one item that all options are."""
+    return [module.params] if module.params[batch] is None else module.params[batch]
+
+
 def fail(module: AnsibleModule, exc: Ds01Error, **results: Any) -> None:
     """End with the error's sentence, reason code and details."""
     module.fail_json(msg=str(exc), reason=exc.reason, **{**exc.details, **results})

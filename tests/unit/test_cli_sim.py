@@ -358,7 +358,7 @@ import fastjsonschema, pynvml, yaml
 from ds01 import config
 from ds01.cli import main
 from ds01.paths import Paths
-schema = json.loads(config.find_schema(Paths.from_env().config).read_text())
+schema = json.loads(config.find_schema(Paths.from_env().config, config.SCHEMA_NAME).read_text())
 validate = fastjsonschema.compile(schema, use_default=False)
 fastjsonschema.compile = lambda *_, **__: validate  # compiling takes longer than the command
 start, go = os.pipe()

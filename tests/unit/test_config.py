@@ -301,5 +301,5 @@ def test_a_members_directory_that_is_none_is_an_error(host: Host) -> None:
 
 def test_the_schema_beside_the_file_wins(host: Host) -> None:
     shutil.copy(ROOT / "config" / config.SCHEMA_NAME, host.config.parent)
-    assert config.find_schema(host.config).parent == host.config.parent
+    assert config.find_schema(host.config, config.SCHEMA_NAME).parent == host.config.parent
     assert config.load(host.config).default_group == "student"

@@ -377,7 +377,9 @@ def test_the_earliest_hold_of_a_matching_device_is_told() -> None:
     inventory = machine("full", "full", [TWO])
     ledger = taken(inventory, bob="0", carol="1", dan="2:0")
     ends = {"p._.bob": NOW + 5 * HOUR, "p._.carol": NOW + 3 * HOUR, "p._.dan": NOW + HOUR}
-    found = refusal(decide(ask(profile=FULL), limits_of(), situation(inventory, ledger, hold_ends=ends)))
+    found = refusal(
+        decide(ask(profile=FULL), limits_of(), situation(inventory, ledger, hold_end=lambda a: ends[a.container]))
+    )
     assert (found.reason, found.available_at) == ("no_gpu_available", NOW + 3 * HOUR)
 
 

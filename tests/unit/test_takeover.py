@@ -110,7 +110,7 @@ def test_a_hold_that_does_not_fit_is_left_alone() -> None:
 @pytest.mark.parametrize("limit", [{"max_gpus": 1}, {"max_gpu_equivalents": 1}], ids=str)
 def test_a_user_at_the_limit_is_offered_the_held_device(limit: dict[str, int]) -> None:
     ledger = holds(bob=("2", 1))
-    refusal = ask(ledger, hold_ends={"p._.bob": NOW + HOUR}, **limit)
+    refusal = ask(ledger, hold_end=lambda _: NOW + HOUR, **limit)
     assert isinstance(refusal, Refusal)
     assert refusal.reason == "user_at_limit"
     assert refusal.hint.startswith("You hold 2 of p._.bob until 2025-11-21T11:30:00Z: take it over with --reuse-held (")

@@ -36,7 +36,7 @@ from .ledger import Transaction
 from .model import Allocation, Inventory, Ledger, Refusal
 from .observation import Observation, Observer
 from .paths import Paths
-from .transitions import Change, Outcome, after, decide, device_problem, hold_ends, refused, resolved
+from .transitions import Change, Outcome, after, decide, device_problem, hold_end, refused, resolved
 
 _EVENTS = {"granted": "gpu.allocated", "held": "gpu.held", "released": "gpu.released", "expired": "gpu.released"}
 
@@ -320,7 +320,7 @@ class Allocations:
             now=time,
             reservations=self.config.reservations,
             running=seen.running,
-            hold_ends=hold_ends(now, self.config),
+            hold_end=lambda allocation: hold_end(allocation, self.config),
             occupied=seen.occupied,
             queue=queueing.alive(now.queue, time, processes.lives) if this_boot else (),
             reclaim=self.config.policies.reclaim_holds == "lower_priority",
@@ -364,7 +364,7 @@ class Allocations:
             others = other_containers(change.name, seen.containers, situation.ledger)
             outcome = decide(seen.completed(change), self.config, replace(situation, containers=others))
             outcome = self._projectable(outcome, sources.spec)
-            situation = self._followed(situation, outcome)
+            situation = _followed(situation, outcome)
             outcomes.append(outcome)
         final = situation.ledger
         # Only what was looked up in this boot may be projected in it.
@@ -377,13 +377,6 @@ class Allocations:
         if _differs(final, before):
             final = replace(final, engine_id=seen.engine_id or before.engine_id)
         return _Plan(outcomes, due, final, sources.spec, time, rebooted)
-
-    def _followed(self, situation: placement.Situation, outcome: Outcome) -> placement.Situation:
-        """The situation once the outcome is carried out."""
-        now = after(situation.ledger, outcome)
-        if now is situation.ledger:
-            return situation
-        return replace(situation, ledger=now, queue=now.queue, hold_ends=hold_ends(now, self.config))
 
     def _due(self, now: Ledger, changes: Sequence[Change], seen: Observation, time: datetime) -> list[Outcome]:
         """What is over or was seen to have changed; whoever asks again keeps his."""
@@ -437,6 +430,12 @@ def _moved(before: Ledger, after_: Ledger) -> list[str]:
     """Containers whose devices are others than before, or none any more; another name is no other device."""
     had, has = ({name: _uuids(a) for name, a in now.allocations.items()} for now in (before, after_))
     return sorted(name for name in had if has.get(name) != had[name])
+
+
+def _followed(situation: placement.Situation, outcome: Outcome) -> placement.Situation:
+    """The situation once the outcome is carried out."""
+    now = after(situation.ledger, outcome)
+    return situation if now is situation.ledger else replace(situation, ledger=now, queue=now.queue)
 
 
 def _differs(one: Ledger, other: Ledger) -> bool:

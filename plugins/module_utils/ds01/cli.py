@@ -7,6 +7,7 @@ or lock unavailable.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -66,7 +67,7 @@ def _carry_out(change: Change, args: argparse.Namespace, ds01: Allocations) -> i
     if args.dry_run:
         print("Dry run, nothing is changed.", file=sys.stderr)
         return _show(ds01.preview([change])[0], args.json)
-    say = lambda sentence: print(sentence, file=sys.stderr, flush=True)  # noqa: E731
+    say = functools.partial(print, file=sys.stderr, flush=True)
     return _show(waiting.apply(ds01, [change], say)[0], args.json)
 
 

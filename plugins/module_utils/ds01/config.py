@@ -82,7 +82,8 @@ def read_document(path: Path, what: str = "limits file", hints: tuple[str, str] 
     return document
 
 
-def _validate(document: Any, schema: Mapping[str, Any], path: Path) -> None:
+def _validate(document: Any, path: Path, schema_name: str) -> None:
+    schema = json.loads(find_schema(path, schema_name).read_text(encoding="utf-8"))
     fastjsonschema = require("fastjsonschema", "fastjsonschema")
     try:
         fastjsonschema.compile(schema, use_default=False)(document)
@@ -126,7 +127,7 @@ def _members(directory: Path) -> dict[str, tuple[str, ...]]:
     return result
 
 
-def find_schema(config_path: Path, name: str = SCHEMA_NAME) -> Path:
+def find_schema(config_path: Path, name: str) -> Path:
     """The schema beside the file, else the one of the checkout or the installed package."""
     here = Path(__file__).resolve()
     candidates = [
@@ -143,8 +144,7 @@ def find_schema(config_path: Path, name: str = SCHEMA_NAME) -> Path:
 def load(path: Path) -> limits.Config:
     """The checked configuration. Raises Ds01Error `config_invalid`; never falls back to anything."""
     document = read_document(path)
-    schema = json.loads(find_schema(path).read_text(encoding="utf-8"))
-    _validate(document, schema, path)
+    _validate(document, path, SCHEMA_NAME)
     try:
         parsed = limits.parse_config(document, _members(path.parent / "groups"))
     except Ds01Error as exc:
@@ -160,7 +160,7 @@ def load_layouts(path: Path) -> Layouts:
     from . import layouts  # most runs need the limits alone
 
     document = read_document(path, "file of MIG layouts", _LAYOUTS_HINTS)
-    _validate(document, json.loads(find_schema(path, LAYOUTS_SCHEMA_NAME).read_text(encoding="utf-8")), path)
+    _validate(document, path, LAYOUTS_SCHEMA_NAME)
     try:
         return layouts.parse(document)
     except Ds01Error as exc:

@@ -202,13 +202,7 @@ class Containers:
 
     def _finished(self, name: names.ContainerName, container: engine.Container) -> bool:
         """Whether the request that made it came to its record, the last thing before the first start."""
-        if container.status != "created":
-            return True
-        try:
-            record = json.loads(self._metadata_path(name).read_bytes())
-            return record["container_id"] == container.id
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+        return container.status != "created" or self._metadata(name).get("container_id") == container.id
 
     def _foresee(self, wish: Wish, plan: _Plan, report: Report) -> None:
         held = self._allocations.allocation(wish.name.full)
@@ -411,15 +405,20 @@ class Containers:
 
     def _note_devices(self, name: names.ContainerName) -> None:
         """Keep the record's devices true when a start bound the container to others."""
-        path, allocation = self._metadata_path(name), self._allocations.allocation(name.full)
-        try:
-            record = json.loads(path.read_bytes())
-        except (OSError, ValueError):
+        record, allocation = self._metadata(name), self._allocations.allocation(name.full)
+        if not record:
             return
         devices = [records.device_record(d) for d in allocation.devices] if allocation else []
         noted = {**record, "gpu_id": allocation.gpu_id if allocation else None, "devices": devices}
         if noted != record:
             self._put_metadata(name, noted)
+
+    def _metadata(self, name: names.ContainerName) -> dict[str, Any]:
+        """The container's record; empty where there is none to be read."""
+        with contextlib.suppress(OSError, ValueError):
+            record = json.loads(self._metadata_path(name).read_bytes())
+            return record if isinstance(record, dict) else {}
+        return {}
 
     def _put_metadata(self, name: names.ContainerName, record: dict[str, Any]) -> None:
         path = self._metadata_path(name)

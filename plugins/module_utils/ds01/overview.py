@@ -39,7 +39,7 @@ def status(allocations: Allocations, user: str | None = None) -> dict[str, Any]:
         "driver_version": seen.inventory.driver_version,
         "gpus": [_gpu(gpu) for gpu in seen.inventory.gpus],
         "devices": [_device(device, now, seen.occupied) for device in seen.inventory.devices],
-        "allocations": [{**describe(a), "hold_ends": _time(situation.hold_ends.get(a.container))} for a in shown],
+        "allocations": [{**describe(a), "hold_ends": _time(situation.hold_end(a))} for a in shown],
         "queue": _queue(allocations, situation),
         "problems": problems,
     }

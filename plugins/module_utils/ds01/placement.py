@@ -8,7 +8,7 @@ widens the wish: a MIG request is never answered with a whole GPU.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from fractions import Fraction
@@ -34,7 +34,7 @@ class Situation:
     """Everything a decision depends on, read under the ledger's lock.
 
     `containers` counts the user's other containers in any state; `running` names all that run (or
-    are paused) now; `hold_ends` says when each held allocation runs out (absent: not before it is
+    are paused) now; `hold_end` says when a held allocation runs out (None: not before it is
     released). By device UUID: `occupied` says who uses a device without DS01, `kept` are devices for
     those who wait longer, `preferred` are taken first, in that order. `queue` holds who waits, in order
     of arrival; `reclaim` says that holds of lower priority give way.
@@ -47,7 +47,7 @@ class Situation:
     reservations: Sequence[Reservation] = ()
     containers: int = 0
     running: Collection[str] = ()
-    hold_ends: Mapping[str, datetime] = field(default_factory=dict)
+    hold_end: Callable[[Allocation], datetime | None] = lambda _: None
     occupied: Mapping[str, str] = field(default_factory=dict)
     kept: Collection[str] = ()
     preferred: Mapping[str, int] = field(default_factory=dict)
@@ -302,8 +302,8 @@ def _in_the_way(seen: _Seen, situation: Situation) -> str:
 def _ends(seen: _Seen, limits: Limits, situation: Situation) -> list[datetime]:
     """When holds and reservations end that are in the way. One that is over, and was not yet given back,
     is no promise."""
-    holders = {a.container for d, _ in seen if (a := situation.ledger.holder_of(d))}
-    ends = [end for name, end in situation.hold_ends.items() if name in holders and end > situation.now]
+    holders = (situation.ledger.holder_of(d) for d, _ in seen)
+    ends = [end for a in holders if a and (end := situation.hold_end(a)) and end > situation.now]
     return ends + [r.end for d, o in seen if o == BOOKED for r in bookings(d, limits, situation)]
 
 

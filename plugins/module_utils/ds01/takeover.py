@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import datetime, timezone
 
 from . import placement, units
 from .limits import Limits
 from .model import Allocation, Device, Grant, Refusal, Request
-
-_ALWAYS = datetime.min.replace(tzinfo=timezone.utc)
 
 
 def decide(
@@ -46,9 +43,9 @@ def _giving_up(
 ) -> Grant | Refusal:
     """Give up one hold after the other until the request is granted."""
     given_up: list[Allocation] = []
-    decision: Grant | Refusal = refusal
+    reason = refusal.reason
     for hold in holds:
-        if not _would_help(hold, decision, request, limits, situation):
+        if not _would_help(hold, reason, request, limits, situation):
             continue
         situation = replace(
             situation,
@@ -59,17 +56,16 @@ def _giving_up(
         decision = placement.decide(request, limits, situation)
         if isinstance(decision, Grant):
             return replace(decision, given_up=tuple(given_up))
+        reason = decision.reason
     return refusal
 
 
 def _would_help(
-    hold: Allocation, decision: Grant | Refusal, request: Request, limits: Limits, situation: placement.Situation
+    hold: Allocation, reason: str, request: Request, limits: Limits, situation: placement.Situation
 ) -> bool:
     """Whether one hold less could turn this refusal: the user's own also where a quota is used up."""
-    if isinstance(decision, Grant):
-        return False
     own = hold.user == limits.user
-    if not (decision.reason in placement.NONE_FREE or (own and decision.reason == "user_at_limit")):
+    if not (reason in placement.NONE_FREE or (own and reason == "user_at_limit")):
         return False
     without = replace(situation, ledger=situation.ledger.without(hold.container))
     open_ = {d.uuid for d in placement.candidates(request, limits, without)}
@@ -81,7 +77,7 @@ def _holds(situation: placement.Situation) -> list[Allocation]:
     held = (
         a for a in situation.ledger.allocations.values() if a.status == "held" and a.container not in situation.running
     )
-    return sorted(held, key=lambda a: (a.stopped_at or _ALWAYS, a.container))
+    return sorted(held, key=lambda a: (a.stopped_at, a.container))
 
 
 def _own(limits: Limits, situation: placement.Situation) -> Iterator[Allocation]:
@@ -110,5 +106,5 @@ def _offering(request: Request, limits: Limits, situation: placement.Situation, 
 
 
 def _until(hold: Allocation, situation: placement.Situation) -> str:
-    end = situation.hold_ends.get(hold.container)
+    end = situation.hold_end(hold)
     return f" until {units.format_time(end)}" if end else ""
