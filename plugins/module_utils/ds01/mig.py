@@ -126,7 +126,8 @@ class Instance:
 @dataclass(frozen=True)
 class GpuState:
     """A GPU as it is. `mig` is its mode now, `pending` the mode after its next reset; `capable`: it has
-    MIG at all. `holders` use it as a whole, `model_id` is its PCI device id as mig-parted writes it.
+    MIG at all; `resets`: a change of the mode resets it. `holders` use it as a whole, `model_id` is its PCI
+    device id as mig-parted writes it, `minor` the number of its device node.
     """
 
     index: int
@@ -140,6 +141,8 @@ class GpuState:
     model_id: int = 0
     holders: tuple[Holder, ...] = ()
     health: str = "ok"
+    resets: bool = False
+    minor: int = -1
 
     @property
     def mode_pending(self) -> bool:
@@ -173,6 +176,9 @@ class Step:
     profile: str = ""
     placement: Placement | None = None
     uuid: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.action} {self.profile} at {self.placement[0]}" if self.placement else f"{self.action} MIG mode"
 
 
 @dataclass(frozen=True)
