@@ -7,6 +7,7 @@ every call, so other tests of the same process see no GPU.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import inspect
@@ -16,15 +17,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pynvml
 import pytest
-from ds01 import nvml, partitions, processes
+import sim_tools
+from ds01 import cutter, nvml, partitions, processes, relayout
 from ds01.allocations import Allocations
+from ds01.errors import Ds01Error
+from ds01.mig import GpuState
 from ds01.paths import Paths
 from ds01.transitions import Outcome
 from support import ROOT, Host
@@ -45,7 +49,7 @@ needs_sim = [
 
 LIMITS = """
 defaults: {max_gpus: 8, max_gpus_per_container: 4, allow_full_gpu: true, gpu_hold_after_stop: 24h}
-gpu_allocation: {enable_mig: true, mig_profile: null}
+gpu_allocation: {enable_mig: true, mig_profile: null, strategy: packed}
 """
 
 WRITES = frozenset(
@@ -61,18 +65,8 @@ WRITES = frozenset(
 )
 """The calls that change how a GPU is cut."""
 
-_TOOL = """\
-#!/usr/bin/python3 -IS
-import os, sys
-tool = {tool!r}
-sys.path.insert(0, tool)
-import nodes, state, {module}
-sys.argv[0] = tool  # beside it lies the library
-{body}
-"""
-# As root the real nvidia-smi makes the nodes that are missing.
-_SMI = "nodes.sync(state.State.read(os.environ['NVML_SIM_STATE']), {root!r})\nsys.exit(smi.main(sys.argv[1:]))"
-_CTK = "sys.exit(ctk.main([*sys.argv[1:], *(['--dev-root', {root!r}] if 'generate' in sys.argv else [])]))"
+_WHOLE = {1: 0, 2: 1, 3: 2, 4: 3, 7: 4}
+"""By compute slices: the number of the compute instance profile that takes all of them."""
 
 
 @functools.cache
@@ -137,6 +131,10 @@ class Calls:
                     action()
 
         self._hooks.append(hook)
+
+    def before_writes(self, action: Callable[[str], None]) -> None:
+        """Do this just before each call that changes how a GPU is cut, with its name."""
+        self._hooks.append(lambda called: action(called) if called in WRITES else None)
 
     def clear(self) -> None:
         """Forget what was called, and what should happen."""
@@ -232,18 +230,33 @@ class Server:
 
     def somebody_cuts(self, index: int, profile: str, start: int, compute: bool = True) -> None:
         """Another program makes an instance, past DS01."""
+        with self._elsewhere() as (n, gpus):
+            wanted = gpus[index].table.by_name[profile]
+            place = pynvml.c_nvmlGpuInstancePlacement_t(start, wanted.size)
+            handle = n["nvmlDeviceGetHandleByIndex"](index)
+            made = n["nvmlDeviceCreateGpuInstanceWithPlacement"](handle, wanted.id, ctypes.byref(place))
+            if compute:
+                n["nvmlGpuInstanceCreateComputeInstance"](made, _WHOLE[wanted.slices])
+
+    def somebody_completes(self, index: int) -> None:
+        """Another program makes a compute instance in every GPU instance that has none."""
+        with self._elsewhere() as (n, gpus):
+            handle = n["nvmlDeviceGetHandleByIndex"](index)
+            for instance in gpus[index].instances:
+                if not instance.devices:
+                    found = n["nvmlDeviceGetGpuInstanceById"](handle, instance.id)
+                    slices = gpus[index].table.by_name[instance.profile].slices
+                    n["nvmlGpuInstanceCreateComputeInstance"](found, _WHOLE[slices])
+
+    @contextlib.contextmanager
+    def _elsewhere(self) -> Iterator[tuple[Mapping[str, Callable[..., Any]], Sequence[GpuState]]]:
+        """pynvml as another program calls it, and the GPUs."""
+        with nvml.session() as driver:
+            gpus = driver.layout(driver.inventory())
         n = self.calls.originals
         n["nvmlInit"]()
         try:
-            handle = n["nvmlDeviceGetHandleByIndex"](index)
-            with nvml.session() as driver:
-                gpu = driver.layout(driver.inventory())[index]
-            info = gpu.table.by_name[profile]
-            place = pynvml.c_nvmlGpuInstancePlacement_t(start, info.size)
-            made = n["nvmlDeviceCreateGpuInstanceWithPlacement"](handle, info.id, ctypes.byref(place))
-            if compute:
-                whole = {1: 0, 2: 1, 3: 2, 4: 3, 7: 4}[info.slices]
-                n["nvmlGpuInstanceCreateComputeInstance"](made, whole)
+            yield n, gpus
         finally:
             n["nvmlShutdown"]()
 
@@ -278,6 +291,26 @@ class Server:
         """`g1="3g.40gb,2g.20gb"`; empty: MIG without instances, `full`: MIG off."""
         gpus = {int(gpu[1:]): [p for p in profiles.split(",") if p] for gpu, profiles in cut.items()}
         return partitions.wanted(self.ds01(), gpus=gpus)
+
+    def foresee(self, force: Sequence[str] = (), **cut: str) -> partitions.Planned:
+        """Check mode."""
+        return relayout.foresee(self.ds01(), self.wanted(**cut), force)
+
+    def apply(self, force: Sequence[str] = (), **cut: str) -> partitions.Planned:
+        return relayout.apply(self.ds01(), self.wanted(**cut), force)
+
+    def apply_layout(self, name: str) -> partitions.Planned:
+        ds01 = self.ds01()
+        return relayout.apply(ds01, partitions.wanted(ds01, layout=name))
+
+    def refused(self, force: Sequence[str] = (), **cut: str) -> Ds01Error:
+        """Why it is not carried out."""
+        with pytest.raises(Ds01Error) as caught:
+            self.apply(force, **cut)
+        return caught.value
+
+    def restore(self) -> relayout.Restored:
+        return relayout.restore(self.ds01())
 
     def allocate(self, container: str, profile: str | None = None, gpus: int = 1) -> Outcome:
         """`p._.alice` as it is written; what it got."""
@@ -355,18 +388,6 @@ class Server:
         return {path: what for path, what in tree if path.split("/")[0] not in (machine, log, "machine", "bin")}
 
 
-def _tools(root: Path, machine: Path) -> Path:
-    """nvidia-smi and nvidia-ctk, whose /dev is below `machine`."""
-    folder = root / "bin"
-    folder.mkdir()
-    for name, module, body in (("nvidia-smi", "smi", _SMI), ("nvidia-ctk", "ctk", _CTK)):
-        tool = folder / name
-        text = _TOOL.format(tool=str(SIM / "bin" / name), module=module, body=body.format(root=str(machine)))
-        tool.write_text(text, encoding="utf-8")
-        tool.chmod(0o755)
-    return folder
-
-
 def set_up(host: Host, patch: pytest.MonkeyPatch, gpus: str, cut: Mapping[str, str], permit: str = "any") -> Server:
     """A server in the host's directory; `cut["g1"]` are the profiles of GPU 1."""
     library()
@@ -375,14 +396,26 @@ def set_up(host: Host, patch: pytest.MonkeyPatch, gpus: str, cut: Mapping[str, s
     server.state.write_text(initial(gpus, *parts), encoding="utf-8")
     patch.setenv("NVML_SIM_STATE", str(server.state))
     patch.setattr(processes, "boot_id", lambda: f"boot {State.read(server.state).driver['boot']}")
-    patch.setenv("PATH", f"{_tools(host.root, server.root)}:{os.environ['PATH']}")
+    patch.setenv("PATH", f"{sim_tools.write(host.root / 'bin', server.root)}:{os.environ['PATH']}")
     server.simulate(f"permit={permit}")
     host.limits(LIMITS)
     shutil.copy(ROOT / "config" / "mig-layouts.yaml", host.config.with_name("mig-layouts.yaml"))
     host.cdi.mkdir()
     server.write_nvidia_spec()
+    patch.setattr(cutter, "_PAUSE", 0)  # who holds an instance in a test does so for good
     server.calls.watch(patch)
     return server
+
+
+def steps(planned: partitions.Planned) -> list[str]:
+    """What a plan does, in short: `0 destroy 3g.40gb 4`. Not what stays."""
+    rows = [(s["gpu"], s["action"], s["profile"], s["placement"] and s["placement"][0]) for s in plan_of(planned)]
+    return [" ".join(str(word) for word in row if word is not None) for row in rows if row[1] != "keep"]
+
+
+def plan_of(planned: partitions.Planned) -> list[dict[str, Any]]:
+    """The `plan` of its result."""
+    return planned.result()["plan"]
 
 
 Start = Callable[..., Server]
