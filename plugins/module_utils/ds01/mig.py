@@ -83,13 +83,15 @@ class Table:
 class Holder:
     """Who uses an instance or a GPU: a container of DS01, or something else that `what` describes.
 
-    `until` is when it is over; None: nobody knows.
+    `until` is when it is over; None: nobody knows. `pid` and `unit` are of a process of the host.
     """
 
     container: str
     user: str = ""
     until: datetime | None = None
     what: str = ""
+    pid: int | None = None
+    unit: str = ""
 
     def __str__(self) -> str:
         name = f"{self.container} of {self.user}" if self.container else self.what
@@ -193,6 +195,11 @@ class Plan:
     @property
     def changes(self) -> tuple[Step, ...]:
         return tuple(s for s in self.steps if s.action != KEEP)
+
+    @property
+    def switches(self) -> bool:
+        """Whether the MIG mode changes."""
+        return any(s.action in (ENABLE, DISABLE) for s in self.steps)
 
 
 @dataclass(frozen=True)
