@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -175,6 +176,11 @@ class Server:
         return self.host.root / "machine"
 
     @property
+    def held(self) -> Path:
+        """Stands in for the folder of device nodes where it matters who has one open."""
+        return self.host.root / "held"
+
+    @property
     def nvidia_spec(self) -> Path:
         return self.host.cdi / "nvidia.yaml"
 
@@ -247,6 +253,20 @@ class Server:
                     found = n["nvmlDeviceGetGpuInstanceById"](handle, instance.id)
                     slices = gpus[index].table.by_name[instance.profile].slices
                     n["nvmlGpuInstanceCreateComputeInstance"](found, _WHOLE[slices])
+
+    @contextlib.contextmanager
+    def somebody_opens(self, index: int) -> Iterator[int]:
+        """Another program has the GPU's device node open; its pid. Nodes of a driver that is not there cannot be
+        opened, so this one is /dev/null's."""
+        node = self.held / f"nvidia{State.read(self.state).gpus[index]['minor']}"
+        node.parent.mkdir(exist_ok=True)
+        os.mknod(node, stat.S_IFCHR | 0o600, Path("/dev/null").stat().st_rdev)
+        with node.open("rb") as file, subprocess.Popen(["/bin/sleep", "600"], stdin=file) as program:
+            try:
+                yield program.pid
+            finally:
+                program.kill()
+        node.unlink()
 
     @contextlib.contextmanager
     def _elsewhere(self) -> Iterator[tuple[Mapping[str, Callable[..., Any]], Sequence[GpuState]]]:
@@ -366,11 +386,16 @@ class Server:
             assert set(uuids) <= there.keys()
         missing = [node for its in there.values() for node in its if not (self.root / node.lstrip("/")).exists()]
         assert missing == [], "device nodes are missing"
+        if not there:
+            return self._check_nothing_left()  # nvidia-ctk writes no spec without devices
         named = {d["name"]: d for d in self.nvidia_devices()}
         assert there.keys() <= named.keys(), "NVIDIA's spec does not hold every device"
         assert {name for name in named if name.startswith(("MIG-", "GPU-"))} == there.keys(), "it holds others, too"
         for uuid, its in there.items():
             assert {n["path"] for n in named[uuid]["containerEdits"]["deviceNodes"]} == set(its)
+        return self._check_nothing_left()
+
+    def _check_nothing_left(self) -> None:
         assert [cut for cut in self.cuts() if "?" in cut] == [], "GPU instances without a compute instance"
         left = [p.name for folder in (self.host.cdi, self.host.state) for p in folder.glob(".*")]
         assert left == [], "half-written files stay"
@@ -385,7 +410,7 @@ class Server:
         """All that DS01 and NVIDIA's toolkit wrote; equal pictures mean that nothing changed. Not the log of events."""
         machine, log = self.state.name, self.host.log.name
         tree = self.host.tree().items()
-        return {path: what for path, what in tree if path.split("/")[0] not in (machine, log, "machine", "bin")}
+        return {path: what for path, what in tree if path.split("/")[0] not in (machine, log, "machine", "bin", "held")}
 
 
 def set_up(host: Host, patch: pytest.MonkeyPatch, gpus: str, cut: Mapping[str, str], permit: str = "any") -> Server:
@@ -395,7 +420,9 @@ def set_up(host: Host, patch: pytest.MonkeyPatch, gpus: str, cut: Mapping[str, s
     parts = [part for index, profiles in cut.items() for part in ("--mig", f"{index[1:]}={profiles}")]
     server.state.write_text(initial(gpus, *parts), encoding="utf-8")
     patch.setenv("NVML_SIM_STATE", str(server.state))
-    patch.setattr(processes, "boot_id", lambda: f"boot {State.read(server.state).driver['boot']}")
+    patch.setattr(processes, "boot_id", lambda: f"boot {State.read(os.environ['NVML_SIM_STATE']).driver['boot']}")
+    holders = processes.holders
+    patch.setattr(processes, "holders", lambda paths: holders([server.held / path.name for path in paths]))
     patch.setenv("PATH", f"{sim_tools.write(host.root / 'bin', server.root)}:{os.environ['PATH']}")
     server.simulate(f"permit={permit}")
     host.limits(LIMITS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import shutil
@@ -37,6 +38,19 @@ def server(start: Start) -> Server:  # noqa: F811
     return made
 
 
+_OPEN = contextlib.ExitStack()
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    _OPEN.close()
+
+
+def opened(server: Server, gpu: int) -> None:
+    _OPEN.enter_context(server.somebody_opens(gpu))
+
+
 def sim(*changes: str) -> Callable[[Server], None]:
     return lambda server: server.simulate(*changes)
 
@@ -66,6 +80,12 @@ BEFORE: dict[str, Fault] = {
         "layout_impossible",
         ("one set of media engines",),
     ),
+    "a program has the GPU open whose mode is to change": (
+        lambda s: opened(s, 1),
+        {"g1": "2g.20gb"},
+        "layout_in_use",
+        ("GPU 1 cannot become 2g.20gb", "the GPU itself is in use by process", "(sleep of root"),
+    ),
     "somebody's device is in the way": (
         sim(),
         {"g0": "4g.40gb,3g.40gb"},
@@ -84,23 +104,11 @@ BEFORE: dict[str, Fault] = {
         "layout_in_use",
         ("the GPU itself", f"process {os.getpid()} ("),
     ),
-    "nvidia-ctk is not installed": (
-        lambda s: (s.host.root / "bin" / "nvidia-ctk").unlink(),
-        {"g0": ANEW},
-        "driver_unavailable",
-        ("nvidia-ctk",),
-    ),
     "nvidia-ctk fails": (
         lambda s: broken(s, "nvidia-ctk"),
         {"g0": ANEW},
         "driver_unavailable",
         ("NVIDIA's CDI spec cannot be written", "it broke"),
-    ),
-    "the CDI directory cannot be written": (
-        lambda s: unwritable(s.host.cdi),
-        {"g0": ANEW},
-        "permission_denied",
-        ("CDI",),
     ),
 }
 
@@ -120,11 +128,8 @@ def unwritable(folder: Path) -> None:
     pytest.skip("this file system knows no immutable directories")
 
 
-@pytest.fixture(autouse=True)
-def _writable_again(tmp_path: Path) -> Iterator[None]:
-    yield
-    if (tmp_path / "cdi").exists() and shutil.which("chattr"):
-        subprocess.run(["/usr/bin/chattr", "-i", tmp_path / "cdi"], check=False, capture_output=True)
+def writable(folder: Path) -> None:
+    subprocess.run(["/usr/bin/chattr", "-i", folder], check=False, capture_output=True)
 
 
 @pytest.mark.parametrize(("fault", "wanted", "reason", "says"), BEFORE.values(), ids=BEFORE)
@@ -141,21 +146,40 @@ def test_what_is_wrong_beforehand_is_told_and_nothing_is_begun(
     assert (server.cuts(), server.written()) == (cuts, written)
 
 
-@pytest.mark.parametrize("tool", ["nvidia-smi", "nvidia-ctk"])
-def test_tools_that_break_meanwhile(tool: str, server: Server) -> None:
-    """Device nodes or NVIDIA's spec cannot be made for what was cut: it is undone."""
-    cuts, ledger = server.cuts(), server.ledger()
-    good = (server.host.root / "bin" / tool).read_bytes()
-    server.calls.before("nvmlDeviceCreateGpuInstanceWithPlacement", lambda: broken(server, tool))
-    refusal = server.refused(g0=ANEW)
-    assert refusal.reason == "driver_unavailable"
-    assert server.cuts() == cuts
-    server.check_nothing_false()
-    assert server.projected() == server.ledger() == ledger
-    (server.host.root / "bin" / tool).write_bytes(good)
+def mended(server: Server) -> None:
+    shutil.rmtree(server.host.root / "bin")
+    sim_tools.write(server.host.root / "bin", server.root)
+
+
+MEANWHILE: dict[str, tuple[Callable[[Server], None], Callable[[Server], None], str]] = {
+    "nvidia-smi": (lambda s: broken(s, "nvidia-smi"), mended, "driver_unavailable"),
+    "nvidia-ctk": (lambda s: broken(s, "nvidia-ctk"), mended, "driver_unavailable"),
+    "the CDI directory": (lambda s: unwritable(s.host.cdi), lambda s: writable(s.host.cdi), "permission_denied"),
+}
+
+
+@pytest.mark.parametrize(("breaks", "mend", "reason"), MEANWHILE.values(), ids=MEANWHILE)
+def test_what_breaks_after_the_cut(
+    breaks: Callable[[Server], None], mend: Callable[[Server], None], reason: str, server: Server
+) -> None:
+    """Device nodes or NVIDIA's spec cannot be made for the new devices: nobody gets one until the next run."""
+    ledger = server.ledger()
+    server.calls.before("nvmlDeviceCreateGpuInstanceWithPlacement", lambda: breaks(server))
+    try:
+        refusal = server.refused(g0=ANEW)
+        assert refusal.reason == reason, refusal
+        assert refusal.hint
+        server.check_nothing_false()
+        assert server.projected() == server.ledger() == ledger
+        given = server.allocate("r._.carol", "1g.10gb+me")
+        assert (given.ok, server.ledger()) == (False, ledger)
+    finally:
+        mend(server)
     server.calls.clear()
     assert server.apply(g0=ANEW).changed
+    assert server.ledger() == ledger
     server.check_all_done()
+    assert not server.apply(g0=ANEW).changed
 
 
 WHOLE = range(1, 11)  # the nine writes of the change below, and none
@@ -195,7 +219,7 @@ def test_only_root_may(refused_from: str, server: Server, monkeypatch: pytest.Mo
         sim_tools.write(host.root / "bin", theirs.root)
         theirs.make_nodes()
         for path in (host.root, *host.root.rglob("*")):
-            path.chmod(0o777 if path.is_dir() else path.stat().st_mode | 0o666)
+            os.chown(path, 65534, 65534)
         if refused_from == "the first look":
             theirs.simulate("permit=root")
         else:
@@ -219,7 +243,7 @@ def as_nobody(action: Callable[[], object]) -> tuple[str, bool]:
         except Ds01Error as exc:
             os.write(write, pickle.dumps((exc.reason, "Run as root" in str(exc))))
         except BaseException:
-            os.write(write, pickle.dumps((traceback.format_exc(), False)))
+            traceback.print_exc()
         os._exit(0)
     os.close(write)
     with os.fdopen(read, "rb") as pipe:

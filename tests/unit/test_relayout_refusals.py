@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pytest
-from sim_server import Server, Start, edit, needs_sim, plan_of, set_up, start, steps  # noqa: F401 - start is a fixture
+from ds01 import nvml
+from sim_server import Server, Start, edit, needs_sim, start  # noqa: F401 - start is a fixture
 
 pytestmark = needs_sim
 
@@ -54,21 +55,21 @@ def somebody(gpu: int, profile: str, start: int, compute: bool = True) -> Happen
     return lambda server: server.somebody_cuts(gpu, profile, start, compute)
 
 
-def hold_gi(gpu: int, held: bool) -> Happens:
+def hold_emptied(server: Server) -> None:
     """A client holds the GPU instance that has no compute instance any more."""
-
-    def change(server: Server) -> None:
-        with edit(server.state) as machine:
-            inside = {(ci["gpu"], ci["gi"]) for ci in machine.records["ci"]}
-            for gi in machine.records["gi"]:
-                if not held or (gi["gpu"], gi["id"]) not in inside:
-                    gi["busy"] = "1" if held else "0"
-
-    return change
+    with edit(server.state) as machine:
+        inside = {(ci["gpu"], ci["gi"]) for ci in machine.records["ci"]}
+        for gi in machine.records["gi"]:
+            if (gi["gpu"], gi["id"]) not in inside:
+                gi["busy"] = "1"
 
 
-def free_gi(server: Server) -> None:
-    hold_gi(0, held=False)(server)
+def free_all(server: Server) -> None:
+    """Whoever held something lets it go."""
+    with edit(server.state) as machine:
+        for kind in ("gpu", "gi", "ci"):
+            for record in machine.records[kind]:
+                record["busy"] = "0"
 
 
 # 2g at 0, 1g at 2 and 3, 3g at 4; and from that half of it. alice has the 2g, bob holds the 1g at 2.
@@ -122,11 +123,11 @@ CASES: dict[str, Case] = {
         CI_DESTROY,
         sim("process=0.0:1"),
         "layout_in_use",
-        ("GPU 0", "remove 3g.40gb at 4", "process 1 "),
+        ("GPU 0", "remove 3g.40gb at 4", "another client uses it"),
         reverts=sim("exit=0:1"),
     ),
     "a client that is no process": Case(
-        FULL, ANEW, CI_DESTROY, sim("busy=0:0"), "layout_in_use", ("GPU 0", "3g.40gb at 4"), reverts=sim("idle=0:0")
+        FULL, ANEW, CI_DESTROY, sim("busy=0:0"), "layout_in_use", ("GPU 0", "3g.40gb at 4"), reverts=free_all
     ),
     "a client comes after others are gone": Case(
         {"g0": "2g.20gb,1g.10gb,1g.10gb,1g.10gb,1g.10gb,1g.10gb"},
@@ -136,10 +137,10 @@ CASES: dict[str, Case] = {
         "layout_in_use",
         ("GPU 0", "remove 1g.10gb at"),
         number=2,
-        reverts=sim("idle=0:4"),
+        reverts=free_all,
     ),
     "a client holds the emptied GPU instance": Case(
-        FULL, ANEW, GI_DESTROY, hold_gi(0, held=True), "layout_in_use", ("GPU 0", "3g.40gb at 4"), reverts=free_gi
+        FULL, ANEW, GI_DESTROY, hold_emptied, "layout_in_use", ("GPU 0", "3g.40gb at 4"), reverts=free_all
     ),
     "somebody makes a compute instance in the emptied one": Case(
         FULL,
@@ -150,16 +151,7 @@ CASES: dict[str, Case] = {
         ("GPU 0", "3g.40gb at 4"),
     ),
     "the GPU is used when its mode is to change (Ampere)": Case(
-        FULL, {"g1": "2g.20gb"}, MODE, sim("busy=1"), "layout_in_use", ("GPU 1", "MIG on"), reverts=sim("idle=1")
-    ),
-    "a graphics process is on the GPU whose mode is to change": Case(
-        FULL,
-        {"g1": "2g.20gb"},
-        MODE,
-        sim(f"process=1:{os.getpid()}:10:G"),
-        "layout_in_use",
-        ("GPU 1", f"process {os.getpid()} (", " of root)"),
-        reverts=sim(f"exit=1:{os.getpid()}"),
+        FULL, {"g1": "2g.20gb"}, MODE, sim("busy=1"), "layout_in_use", ("GPU 1", "MIG on"), reverts=free_all
     ),
     "the GPU is used when its mode is to change (Hopper)": Case(
         {"g0": "2g.20gb,1g.10gb,1g.10gb"},
@@ -169,7 +161,7 @@ CASES: dict[str, Case] = {
         "layout_in_use",
         ("GPU 1", "MIG on"),
         gpus="2xH100-SXM5-80GB",
-        reverts=sim("idle=1"),
+        reverts=free_all,
     ),
     "a virtual machine's GPU waits for a reset": Case(
         FULL,
@@ -187,7 +179,7 @@ CASES: dict[str, Case] = {
         sim("busy=1"),
         "layout_in_use",
         ("GPU 1", "MIG off"),
-        reverts=sim("idle=1"),
+        reverts=free_all,
     ),
     "the second GPU refuses: the first is as before": Case(
         {**FULL, "g1": "2g.20gb,1g.10gb"},
@@ -240,3 +232,28 @@ def test_a_refusal_leaves_everything_as_it_was(case: Case, start: Start) -> None
         assert server.apply(**case.wanted).changed
         server.check_all_done()
         assert server.ledger() == ledger, "whoever was not in the way keeps his device, and its name"
+
+
+@pytest.mark.parametrize(("gpus", "wanted"), [("A100-SXM4-80GB", {"g0": "2g.20gb"}), ("H100-SXM5-80GB", {"g0": ""})])
+def test_whoever_has_the_gpu_open_is_named(gpus: str, wanted: Mapping[str, str], start: Start) -> None:  # noqa: F811
+    """One that comes between the plan and the switch of the mode: no process of NVML's lists, but of the host."""
+    server = start(gpus)
+    with contextlib.ExitStack() as stack:
+        pids = []
+
+        def come() -> None:
+            pids.append(stack.enter_context(server.somebody_opens(0)))
+            server.simulate("busy=0")
+
+        server.calls.before(MODE, come)
+        refusal = server.refused(**wanted)
+        assert refusal.reason == "layout_in_use"
+        assert f"process {pids[0]} (sleep of root" in str(refusal)
+    assert server.cuts() == ["off"]
+    with nvml.session() as driver:
+        [gpu] = driver.layout(driver.inventory())
+    assert not gpu.mode_pending, "the wish was taken back"
+    server.calls.clear()
+    free_all(server)
+    assert server.apply(**wanted).changed
+    server.check_all_done()
