@@ -11,14 +11,15 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from sim_server import Server
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-_CHANGES = frozenset({"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate"})
+_NEEDS_SPACE = frozenset({"os.mkdir", "os.link", "os.symlink"})
+_CHANGES = _NEEDS_SPACE | {"os.rename", "os.remove", "os.rmdir", "os.truncate"}
 
 
 def kill() -> None:
@@ -59,12 +60,14 @@ def _act(server: Server, number: int, action: Callable[[], object], what: Callab
             os.write(pipe, write.encode())
             what()
 
+    events = _CHANGES if what is kill else _NEEDS_SPACE  # driver and tools refuse in other ways than a disk
+
     def audit(event: str, args: tuple[Any, ...]) -> None:
-        if _is_write(event, args, server.host.root):
+        if _is_write(event, args, server.host.root, events) or (event == "subprocess.Popen" and what is kill):
             met(f"{event} {args[1] if event == 'os.rename' else args[0]}")
 
     try:
-        if what is kill:  # a driver's refusals are another matter than a disk's
+        if what is kill:
             server.calls.before_writes(met)
         sys.addaudithook(audit)
         action()
@@ -76,10 +79,8 @@ def _act(server: Server, number: int, action: Callable[[], object], what: Callab
     return 0
 
 
-def _is_write(event: str, args: tuple[Any, ...], root: Path) -> bool:
-    if event == "subprocess.Popen":
-        return True
+def _is_write(event: str, args: tuple[Any, ...], root: Path, events: Collection[str]) -> bool:
     if event == "open":
         path, _, flags = args
         return bool(flags & _WRITING) and str(path).startswith(str(root)) and not str(path).endswith(".lock")
-    return event in _CHANGES and str(args[0]).startswith(str(root))
+    return event in events and str(args[0]).startswith(str(root))

@@ -284,13 +284,15 @@ class Server:
         nodes.sync(State.read(self.state), self.root)
 
     def boot(self, *changes: str) -> None:
-        """The host starts anew: instances are gone, /var/run is empty; then its units make nodes and NVIDIA's spec."""
+        """The host starts anew: instances are gone, /var/run is empty; then NVIDIA's unit makes nodes and spec, or,
+        where no device is left, fails."""
         self.simulate("reboot", *changes)
         shutil.rmtree(self.host.cdi)
         shutil.rmtree(self.root)
         self.make_nodes()
         self.host.cdi.mkdir()
-        self.write_nvidia_spec()
+        if self.devices():
+            self.write_nvidia_spec()
 
     def write_nvidia_spec(self) -> None:
         """What the boot unit of NVIDIA's toolkit does."""
