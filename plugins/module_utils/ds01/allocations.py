@@ -146,7 +146,7 @@ class Allocations:
         else:
             raise Ds01Error(
                 "container_busy",
-                "Containers were started past DS01, or the ledger was removed, while this was decided.",
+                "While this was decided GPUs were cut, containers were started past DS01, or the ledger was removed.",
                 "Try again; nothing was changed.",
             )
         self._record_events(plan)
@@ -166,7 +166,11 @@ class Allocations:
                 raise _OutdatedError  # it is gone since: what is empty now is no ledger
             if transaction.ledger != first:
                 seen = self._observe(changes, transaction.ledger, sources)  # what was seen may be older than that
+                if sources.driver:
+                    sources = replace(sources, spec=self.cdi.nvidia_spec())
             plan = self._plan(changes, transaction.ledger, seen, sources)
+            if sources.driver and not sources.driver.has(_granted(plan)):
+                raise _OutdatedError  # cut otherwise since: what nobody had shows in no ledger
             moved = _moved(transaction.ledger, plan.ledger)
             stopped = set(moved) - seen.running
             project = (a for a in _to_project(plan, transaction.ledger) if all_there(a, seen.inventory))
@@ -471,6 +475,12 @@ def _allocating(changes: Sequence[Change]) -> bool:
 def _needs_engine(changes: Sequence[Change]) -> bool:
     """Whether it matters which containers exist and run: to all but a container that just started."""
     return not engine.disabled() and any(change.state != "active" for change in changes)
+
+
+def _granted(plan: _Plan) -> list[str]:
+    """The UUIDs of the devices that somebody gets by this."""
+    granted = [o.allocation for o in plan.outcomes if o.ok and o.reason == "granted" and o.allocation]
+    return [device.uuid for allocation in granted for device in allocation.devices]
 
 
 def _granting(outcome: Outcome) -> bool:
