@@ -162,7 +162,7 @@ def _carry_out(cutter: Cutter, driver: nvml.Nvml, planned: Planned) -> None:
         cutter.carry_out(gpus[step.gpu], step)
     if planned.switched:  # a GPU tells where its profiles may be only once its mode is on: from here on that counts
         switched = {gpu.index: planned.cuts[gpu.index] for gpu in planned.switched}
-        gpus |= {gpu.index: gpu for gpu in driver.layout(driver.inventory())}
+        gpus |= {gpu.index: gpu for gpu in driver.layout(driver.inventory()) if gpu.index in switched}
         plans = (*(p for p in plans if p.gpu not in switched), *_plans(gpus.values(), switched))
     for step in (s for p in plans for s in p.changes if s.action == mig.CREATE):
         cutter.carry_out(gpus[step.gpu], step)
