@@ -207,7 +207,7 @@ def test_config_check(limits: Host, capsys: pytest.CaptureFixture[str]) -> None:
     assert "all-balanced" in json.loads(out)["layouts"]
 
 
-def test_config_check_reads_the_layouts_beside_the_limits_file(limits: Host, capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_check_reads_the_layouts_beside_it(limits: Host, capsys: pytest.CaptureFixture[str]) -> None:
     beside = limits.config.parent / "mig-layouts.yaml"
     beside.write_text("version: v1\nmig-configs: {off: [{devices: all, mig-enabled: false}]}\n", encoding="utf-8")
     code, out, _ = run(capsys, "config", "check")

@@ -156,9 +156,7 @@ def _cmd_config_check(args: argparse.Namespace, ds01: Allocations) -> int:
     if args.json:
         counted = {"groups": list(checked.groups), "overrides": list(checked.overrides)}
         found = [asdict(finding) for finding in findings]
-        _print_json(
-            {"file": str(path), **counted, "layouts": layouts, "findings": found, "not_checked": not_checked}
-        )
+        _print_json({"file": str(path), **counted, "layouts": layouts, "findings": found, "not_checked": not_checked})
     else:
         print(f"{path}: valid ({len(checked.groups)} groups, {len(checked.overrides)} user overrides).")
         if layouts:
