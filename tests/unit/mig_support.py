@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from ds01.mig import Cut, GpuState, Holder, Instance, Profile, Table
+from ds01.mig import Cut, GpuState, Holder, Instance, Placed, Profile, Table
 from support import NOW
 
 _SEVEN, _PAIRS, _TWOS, _HALVES = (0, 1, 2, 3, 4, 5, 6), (0, 2, 4, 6), (0, 2, 4), (0, 4)
@@ -76,3 +76,9 @@ def gpu(text: str = "", table: Table = A100, index: int = 0, mig: bool = True, *
 def cut(text: str) -> Cut:
     """`"3g.40gb 2g.20gb"`; `off` is a whole GPU."""
     return Cut(False) if text == "off" else Cut(True, tuple(text.split()))
+
+
+def placed(text: str) -> Placed:
+    """`"2g.20gb@2 1g.10gb@6"`; `off` is a whole GPU."""
+    pairs = (part.split("@") for part in text.split())
+    return Placed(False) if text == "off" else Placed(True, tuple((name, int(start)) for name, start in pairs))

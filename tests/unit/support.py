@@ -57,6 +57,12 @@ class Host:
         }
 
 
+def spec_device(uuid: str, gpu: int | str, capability: str = "10") -> dict[str, Any]:
+    """A device as NVIDIA's CDI spec has it: the GPU's node; of a MIG device also those of its two instances."""
+    caps = [f"/dev/nvidia-caps/nvidia-cap{capability}{n}" for n in (0, 1)] if uuid.startswith("MIG-") else []
+    return {"name": uuid, "containerEdits": {"deviceNodes": [{"path": p} for p in (f"/dev/nvidia{gpu}", *caps)]}}
+
+
 def machine(*gpus: str | list[str], sick: dict[str, str] | None = None) -> Inventory:
     """A server, a GPU each: "full", or the profiles that it is cut into ([]: MIG mode, not cut).
 

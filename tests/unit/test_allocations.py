@@ -21,7 +21,7 @@ from ds01.model import Inventory, Process, Ticket
 from ds01.names import ContainerName
 from ds01.paths import Paths
 from ds01.transitions import Change
-from support import NOW, Host, machine
+from support import NOW, Host, machine, spec_device
 
 INVENTORY = machine(["2g.20gb"] * 3, ["2g.20gb"] * 3, "full")
 LIMITS = """
@@ -66,7 +66,7 @@ def ds01(host: Host, driver: Driver, clock: list[datetime]) -> Allocations:
     host.limits(LIMITS)
     paths = Paths(host.config, host.state, host.log, host.cdi, (host.cdi,))
     host.cdi.mkdir()
-    devices = [{"name": d.uuid, "containerEdits": {}} for d in INVENTORY.devices]
+    devices = [spec_device(d.uuid, d.index[0]) for d in INVENTORY.devices]
     spec = {"cdiVersion": "0.6.0", "kind": "nvidia.com/gpu", "devices": devices}
     (host.cdi / "nvidia.json").write_text(json.dumps(spec), encoding="utf-8")
     return Allocations(paths, "tester", lambda: clock[0])

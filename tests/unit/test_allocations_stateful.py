@@ -564,7 +564,7 @@ class Machine(RuleBasedStateMachine):
             assert holding, f"{file.name} without an allocation"
             assert spec["annotations"]["ds01.io/uuids"] == ",".join(d.uuid for d in holding.devices)
             nodes = {node["path"] for node in device["containerEdits"]["deviceNodes"]}
-            assert nodes == {d.slot.node for d in holding.devices}
+            assert nodes == self.world.nodes(d.slot for d in holding.devices)
 
 
 TestAllocations = Machine.TestCase

@@ -28,8 +28,14 @@ SPEC: dict[str, Any] = {
     "cdiVersion": "0.5.0",
     "kind": "nvidia.com/gpu",
     "devices": [
-        {"name": "MIG-a", "containerEdits": edits("/dev/nvidia0", "/dev/nvidia-caps/nvidia-cap21")},
-        {"name": "MIG-b", "containerEdits": edits("/dev/nvidia0", "/dev/nvidia-caps/nvidia-cap30")},
+        {
+            "name": "MIG-a",
+            "containerEdits": edits("/dev/nvidia0", "/dev/nvidia-caps/nvidia-cap21", "/dev/nvidia-caps/nvidia-cap22"),
+        },
+        {
+            "name": "MIG-b",
+            "containerEdits": edits("/dev/nvidia0", "/dev/nvidia-caps/nvidia-cap30", "/dev/nvidia-caps/nvidia-cap31"),
+        },
         {"name": "GPU-1", "containerEdits": edits("/dev/nvidia1", "/dev/dri/card1", env=["A=1"])},
         {"name": "all", "containerEdits": edits("/dev/nvidia0", "/dev/nvidia1")},
         {"name": "bare"},
@@ -80,7 +86,9 @@ def test_the_file_as_documented(cdi: Cdi, tmp_path: Path) -> None:
     assert written["kind"] == "ds01.io/gpu"
     (device,) = written["devices"]
     assert device["name"] == CONTAINER
-    assert device["containerEdits"] == edits("/dev/nvidia0", "/dev/nvidia-caps/nvidia-cap30")
+    assert device["containerEdits"] == edits(
+        "/dev/nvidia0", "/dev/nvidia-caps/nvidia-cap30", "/dev/nvidia-caps/nvidia-cap31"
+    )
     assert written["containerEdits"] == SPEC["containerEdits"]
 
 
@@ -94,12 +102,17 @@ def test_nothing_is_invented_and_nobody_else_s_node_is_given(cdi: Cdi, uuids: li
 
 def test_two_slices_of_a_gpu_share_its_node(cdi: Cdi) -> None:
     nodes = projected(cdi, "MIG-a", "MIG-b")["devices"][0]["containerEdits"]["deviceNodes"]
-    assert nodes == [node("/dev/nvidia0"), node("/dev/nvidia-caps/nvidia-cap21"), node("/dev/nvidia-caps/nvidia-cap30")]
+    assert nodes == edits("/dev/nvidia0", *(f"/dev/nvidia-caps/nvidia-cap{n}" for n in (21, 22, 30, 31)))["deviceNodes"]
 
 
 def test_devices_with_different_edits_keep_them_all(cdi: Cdi) -> None:
     assert projected(cdi, "MIG-a", "GPU-1")["devices"][0]["containerEdits"] == edits(
-        "/dev/nvidia0", "/dev/nvidia-caps/nvidia-cap21", "/dev/nvidia1", "/dev/dri/card1", env=["A=1"]
+        "/dev/nvidia0",
+        "/dev/nvidia-caps/nvidia-cap21",
+        "/dev/nvidia-caps/nvidia-cap22",
+        "/dev/nvidia1",
+        "/dev/dri/card1",
+        env=["A=1"],
     )
 
 
@@ -223,6 +236,13 @@ def test_no_spec_names_the_places_that_were_searched(cdi: Cdi, tmp_path: Path) -
     assert cdi.problem(["MIG-a"], None) == (
         f"NVIDIA's CDI spec was not found in {tmp_path / 'cdi'} or {tmp_path / 'etc'}."
     )
+
+
+def test_a_mig_device_without_the_nodes_of_its_instances_cannot_be_used(cdi: Cdi) -> None:
+    """That is what a spec looks like that was made before the nodes were: no error, only the GPU's own node."""
+    for lacking in ([], ["/dev/nvidia0"], ["/dev/nvidia0", "/dev/nvidia-caps/nvidia-cap21"]):
+        spec = {**SPEC, "devices": [{"name": "MIG-a", "containerEdits": edits(*lacking)}]}
+        assert cdi.problem(["MIG-a"], spec) == "NVIDIA's CDI spec lacks the device nodes of MIG-a."
 
 
 _YAML = "cdiVersion: 0.5.0\nkind: nvidia.com/gpu\ndevices:\n- name: MIG-a\n  containerEdits: {}\n"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT, Host
+from support import ROOT, Host, spec_device
 
 SIM = ROOT / "build" / "sim"
 
@@ -100,8 +100,7 @@ class Server:
     def write_nvidia_spec(self) -> None:
         """A spec of all devices by UUID, in the place and form of `nvidia-ctk cdi generate`."""
         devices = [
-            {"name": device["uuid"], "containerEdits": {"deviceNodes": [{"path": f"/dev/nvidia{device['id'][0]}"}]}}
-            for device in self.ds01("status", "--json").json["devices"]
+            spec_device(device["uuid"], device["id"][0]) for device in self.ds01("status", "--json").json["devices"]
         ]
         spec = {"cdiVersion": "0.5.0", "kind": "nvidia.com/gpu", "devices": devices, "containerEdits": {}}
         self.host.cdi.mkdir()

@@ -8,10 +8,10 @@ from time import process_time
 
 import pytest
 from ds01 import mig
-from ds01.mig import GpuState, Holder, LayoutRefusal, Plan, plan_gpu
+from ds01.mig import GpuState, Holder, LayoutRefusal, Plan, plan_gpu, plan_placed
 from ds01.slotmap import Block, draw
 from ds01.units import format_time
-from mig_support import A100, TABLES, cut, gpu, held, instances
+from mig_support import A100, TABLES, cut, gpu, held, instances, placed
 from support import NOW
 
 
@@ -205,6 +205,67 @@ def test_gpus_that_have_no_mig_or_are_gone() -> None:
     assert refused(plan_gpu(no_mig, cut(""))).message == "GPU 0 (NVIDIA A100) has no MIG."
     assert shown(plan_gpu(no_mig, cut("off"))) == ""
     assert refused(plan_gpu(replace(gpu(), health="lost"), cut("off"))).reason == "gpu_unhealthy"
+
+
+# --- to the slice
+
+PLACED = {
+    "all of it, on an empty GPU": ("", "2g.20gb@2 1g.10gb@6", "+2g.20gb@2 +1g.10gb@6"),
+    "it is so": ("2g.20gb@2=alice 1g.10gb@6", "1g.10gb@6 2g.20gb@2", "=2g.20gb@2 =1g.10gb@6"),
+    "the same profile in another place is another instance": ("2g.20gb@0", "2g.20gb@2", "-2g.20gb@0 +2g.20gb@2"),
+    "what is not in it goes": ("1g.10gb@0 1g.10gb@6", "1g.10gb@6", "-1g.10gb@0 =1g.10gb@6"),
+    "none at all": ("1g.10gb@0", "", "-1g.10gb@0"),
+    "a leftover is made anew": ("2g.20gb@2?", "2g.20gb@2", "-2g.20gb@2 +2g.20gb@2"),
+    "MIG off": ("2g.20gb@0", "off", "-2g.20gb@0 off"),
+    "what a search would not choose": ("", "3g.40gb@0 1g.10gb@4", "+3g.40gb@0 +1g.10gb@4"),
+}
+
+
+@pytest.mark.parametrize(("before", "wanted", "steps"), PLACED.values(), ids=PLACED)
+def test_placed(before: str, wanted: str, steps: str) -> None:
+    assert shown(plan_placed(gpu(before), placed(wanted))) == steps
+
+
+def test_placed_switches_the_mode_on_first() -> None:
+    off = gpu(mig=False)
+    assert shown(plan_placed(off, placed("2g.20gb@2"))) == "on +2g.20gb@2"
+    used = replace(off, holders=(held("alice"),))
+    assert refused(plan_placed(used, placed("2g.20gb@2"))).blocked_by == (held("alice"),)
+
+
+NOT_PLACED = {
+    "somebody is elsewhere": (
+        "2g.20gb@0=alice",
+        "2g.20gb@2",
+        "layout_in_use",
+        "GPU 0 cannot become 2g.20gb at 2: 2g.20gb at 0:2 is in use by p._.alice of alice.",
+    ),
+    "somebody, and MIG off": ("2g.20gb@0=alice", "off", "layout_in_use", "GPU 0 cannot become a whole GPU: "),
+    "no such start": (
+        "",
+        "2g.20gb@1",
+        "layout_impossible",
+        "GPU 0 (NVIDIA A100) has no 2g.20gb at 1; it can start at 0, 2, 4.",
+    ),
+    "one over another": ("", "4g.40gb@0 2g.20gb@2", "layout_impossible", "no room for 4g.40gb at 0, 2g.20gb at 2"),
+    "one twice": ("", "2g.20gb@0 2g.20gb@0", "layout_impossible", "2g.20gb at 0 overlaps another one."),
+    "the media engines twice": ("", "1g.10gb+me@0 1g.10gb+me@1", "layout_impossible", "one set of media engines"),
+    "no such profile": ("", "2g.10gb@0", "profile_not_available", "has no profile 2g.10gb"),
+}
+
+
+@pytest.mark.parametrize(("before", "wanted", "reason", "message"), NOT_PLACED.values(), ids=NOT_PLACED)
+def test_not_placed(before: str, wanted: str, reason: str, message: str) -> None:
+    found = refused(plan_placed(gpu(before), placed(wanted)))
+    assert found.reason == reason
+    assert message in found.message
+
+
+def test_placed_breaks_whom_force_names() -> None:
+    plan = plan_placed(gpu("2g.20gb@0=alice"), placed("2g.20gb@2"), {"p._.alice"})
+    assert shown(plan) == "-2g.20gb@0 +2g.20gb@2"
+    assert isinstance(plan, Plan)
+    assert [i.holders for i in plan.broken] == [(held("alice"),)]
 
 
 # --- several GPUs, and how long it takes

@@ -17,7 +17,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-from ds01.mig import CREATE, DESTROY, KEEP, Cut, GpuState, Instance, LayoutRefusal, Plan, Table, plan_gpu
+from ds01.mig import (
+    CREATE,
+    DESTROY,
+    KEEP,
+    Cut,
+    GpuState,
+    Instance,
+    LayoutRefusal,
+    Placed,
+    Plan,
+    Table,
+    plan_gpu,
+    plan_placed,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from mig_support import TABLES, held
@@ -246,3 +259,50 @@ def test_the_order_of_names_and_instances_does_not_matter(model: str) -> None:
         else:
             assert isinstance(again, LayoutRefusal)
             assert again.blocked_by == answer.blocked_by
+
+
+# --- to the slice
+
+
+def check_placed(case: Case, wanted: tuple[Place, ...]) -> None:
+    """Exactly this comes of it, with no operation too many; or what is in the way is named, all of it."""
+    answer = plan_placed(case.state(), Placed(True, wanted), {"p._.forced"})
+    places = frozenset(wanted)
+    places_exist = all(start in case.gpu.table.by_name[name].starts for name, start in wanted)
+    if not (places_exist and len(places) == len(wanted) and case.gpu.legal(places)):
+        assert isinstance(answer, LayoutRefusal), f"{case} {wanted}"
+        assert answer.reason == "layout_impossible"
+    elif not case.used <= places:
+        assert isinstance(answer, LayoutRefusal), f"{case} {wanted}"
+        by_user = {f"u{number}": place for number, place in enumerate(sorted(case.before))}
+        assert {by_user[holder.user] for holder in answer.blocked_by} == case.used - places
+    else:
+        assert isinstance(answer, Plan), f"{case} {wanted}: {answer}"
+        assert carried_out(case, answer) == places
+        assert len(answer.changes) == len(case.before ^ places)
+        assert {(i.profile, i.start) for i in answer.broken} == case.forced - places
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_each_layout_out_of_another(model: str) -> None:
+    """Every layout is reached, from whatever was there, with whatever was in use."""
+    chance, gpu = random.Random(model), everything(model)  # noqa: S311 - a sample, not a secret
+    for wanted in gpu.layouts:
+        before = chance.choice(gpu.layouts)
+        busy = {place: chance.choice(("free", "free", "used", "forced")) for place in sorted(before)}
+        of = lambda kind, b=busy: frozenset(place for place, state in b.items() if state == kind)  # noqa: E731
+        check_placed(Case(model, before, (), of("used"), of("forced")), tuple(wanted))
+        check_placed(Case(model, wanted, (), wanted), tuple(wanted))
+
+
+@given(st.data())
+def test_any_places(data: st.DataObject) -> None:
+    """Also those that no GPU can have."""
+    model = data.draw(st.sampled_from(MODELS))
+    gpu = everything(model)
+    before = data.draw(st.sampled_from(gpu.layouts))
+    anywhere = st.tuples(st.sampled_from([p.name for p in gpu.table.profiles]), st.integers(-1, 12))
+    wanted = data.draw(st.one_of(st.lists(anywhere, max_size=4), st.sampled_from(gpu.layouts).map(sorted)))
+    used = data.draw(st.sets(st.sampled_from(sorted(before)))) if before else set()
+    forced = data.draw(st.sets(st.sampled_from(sorted(used)))) if used else set()
+    check_placed(Case(model, before, (), frozenset(used - forced), frozenset(forced)), tuple(wanted))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -25,7 +25,7 @@ from ds01.allocations import Allocations
 from ds01.errors import Ds01Error
 from ds01.model import FULL, Device, Gpu, Inventory, Process
 from ds01.paths import Paths
-from support import NOW, Host
+from support import NOW, Host, spec_device
 
 RUNNING = ("running", "paused", "restarting")
 FOREIGN_PID = 4711
@@ -194,11 +194,18 @@ class World:
 
     def write_spec(self) -> None:
         """What `nvidia-ctk cdi generate` writes now."""
-        devices = [
-            {"name": slot.uuid, "containerEdits": {"deviceNodes": [{"path": slot.node}]}} for slot in self.there()
-        ]
+        devices = [self._spec_device(slot) for slot in self.there()]
         spec = {"cdiVersion": "0.6.0", "kind": "nvidia.com/gpu", "devices": devices}
         (self.nvidia_cdi / "nvidia.json").write_text(json.dumps(spec), encoding="utf-8")
+
+    def _spec_device(self, slot: Slot) -> dict[str, Any]:
+        """A GPU's node keeps its number whatever its index is, and a place's capabilities theirs."""
+        return spec_device(slot.uuid, sorted(self.gpus).index(slot.gpu), slot.node)
+
+    def nodes(self, slots: Iterable[Slot]) -> set[str]:
+        """The device nodes that these give."""
+        edits = [self._spec_device(slot)["containerEdits"] for slot in slots]
+        return {node["path"] for edit in edits for node in edit["deviceNodes"]}
 
     def spec_holds(self, slots: Sequence[Slot]) -> bool:
         spec = json.loads((self.nvidia_cdi / "nvidia.json").read_text(encoding="utf-8"))

@@ -36,6 +36,7 @@ from .ledger import Transaction
 from .model import Allocation, Inventory, Ledger, Refusal
 from .observation import Observation, Observer
 from .paths import Paths
+from .saved_layout import SavedLayoutStore
 from .transitions import Change, Outcome, after, decide, device_problem, hold_end, refused, resolved
 
 _EVENTS = {"granted": "gpu.allocated", "held": "gpu.held", "released": "gpu.released", "expired": "gpu.released"}
@@ -87,7 +88,13 @@ class Allocations:
         self.events = events.EventLog(paths.events, actor or events.actor_from_env())
         self._config: limits.Config | None = None
         self._engine: engine.Engine | None = None
-        self._observer = Observer(lambda: self.engine, paths.metadata, self.cdi.projected)
+        self.saved_layout = SavedLayoutStore(paths.saved_layout)
+        self._observer = Observer(
+            lambda: self.engine,
+            paths.metadata,
+            self.cdi.projected,
+            lambda: self.saved_layout.outdated(processes.boot_id()),
+        )
 
     @property
     def config(self) -> limits.Config:
@@ -162,18 +169,18 @@ class Allocations:
             plan = self._plan(changes, transaction.ledger, seen, sources)
             moved = _moved(transaction.ledger, plan.ledger)
             stopped = set(moved) - seen.running
-            project = (a for a in _to_project(plan, transaction.ledger) if _all_there(a, seen.inventory))
-            self._carry_out(transaction, plan.ledger, plan.now, moved, project, plan.spec, stopped)
+            project = (a for a in _to_project(plan, transaction.ledger) if all_there(a, seen.inventory))
+            self.carry_out(transaction, plan.ledger, plan.now, moved, project, plan.spec, stopped)
         return plan
 
-    def _carry_out(
+    def carry_out(
         self,
         transaction: Transaction,
         final: Ledger,
         now: datetime,
         withdraw: Iterable[str],
-        project: Iterable[Allocation],
-        spec: Mapping[str, Any] | None,
+        project: Iterable[Allocation] = (),
+        spec: Mapping[str, Any] | None = None,
         stopped: Collection[str] = (),
     ) -> None:
         """Ledger and CDI files, both or none; killed at any point, no file says more than the ledger.
@@ -241,9 +248,7 @@ class Allocations:
                 after_ = replace(after_, queue=())  # its processes are of the earlier boot
             if rebuilt.allocations:
                 after_ = replace(after_, boot_id=processes.boot_id(), engine_id=self.engine.identity())
-            wrong = self._wrongly_projected(rebuilt.allocations)
-            there = [a for a in rebuilt.allocations.values() if _all_there(a, inventory)]
-            self._carry_out(Transaction(self.store, before), after_, time, wrong, there, self.cdi.nvidia_spec())
+            self.reproject(Transaction(self.store, before), after_, time, inventory)
         if rebuilt.restored or kept or (lost and rebuilt.problems):  # a new server has no ledger either, and lost none
             self.events.write(
                 "ledger.rebuilt",
@@ -254,6 +259,15 @@ class Allocations:
                 kept=str(kept or ""),
             )
         return rebuilt
+
+    def reproject(self, transaction: Transaction, final: Ledger, now: datetime, inventory: Inventory) -> None:
+        """Write the ledger, and every container's CDI device as it says: none where a device is missing."""
+        there = [a for a in final.allocations.values() if all_there(a, inventory)]
+        self.carry_out(transaction, final, now, self._wrongly_projected(final.allocations), there, self.cdi.nvidia_spec())
+
+    def look_at_driver(self, driver: nvml.Nvml) -> Observation:
+        """The devices and their processes, without asking the engine."""
+        return self._observer.without_engine(driver)
 
     def _wrongly_projected(self, allocations: Mapping[str, Allocation]) -> list[str]:
         """Containers whose CDI device says something else: what it names may be somebody else's next."""
@@ -470,7 +484,7 @@ def _uuids(allocation: Allocation) -> tuple[str, ...]:
     return tuple(device.uuid for device in allocation.devices)
 
 
-def _all_there(allocation: Allocation, inventory: Inventory) -> bool:
+def all_there(allocation: Allocation, inventory: Inventory) -> bool:
     """Whether this host has its devices: NVIDIA's spec may be older than a layout, or than a boot."""
     return all(inventory.find(device) for device in allocation.devices)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from .libraries import require
 KIND = "ds01.io/gpu"
 NVIDIA_KIND = "nvidia.com/gpu"
 _VERSION = re.compile(r"(\d+)\.(\d+)\.(\d+)")
+_GPU_NODE = re.compile(r"/dev/nvidia\d+")
+_CAPABILITIES = "/dev/nvidia-caps/nvidia-cap"
 _CDI_VERSION = (0, 6, 0)
 """The first version that knows a spec's annotations."""
 
@@ -37,14 +39,14 @@ class Cdi:
 
     def nvidia_spec(self) -> Mapping[str, Any] | None:
         """NVIDIA's spec of this host, the first that is found; None when there is none."""
+        return next((self._spec(file) for file in self.nvidia_files()), None)
+
+    def nvidia_files(self) -> Iterator[Path]:
+        """The files of NVIDIA's spec: there may be one of the host's boot and one that is kept."""
         for directory in self._nvidia_directories:
             _check_readable(directory)
             for pattern in ("nvidia*.json", "nvidia*.yaml", "nvidia*.yml"):
-                for file in sorted(directory.glob(pattern)):
-                    spec = self._spec(file)
-                    if spec.get("kind") == NVIDIA_KIND:
-                        return spec
-        return None
+                yield from (f for f in sorted(directory.glob(pattern)) if self._spec(f).get("kind") == NVIDIA_KIND)
 
     def _spec(self, file: Path) -> Mapping[str, Any]:
         """One spec file, parsed once as long as it stays the same: a request that waits asks again and again."""
@@ -60,9 +62,12 @@ class Cdi:
         if spec is None:
             places = " or ".join(str(directory) for directory in self._nvidia_directories)
             return f"NVIDIA's CDI spec was not found in {places}."
-        known = {device.get("name") for device in spec.get("devices") or []}
+        known = {device.get("name"): device for device in spec.get("devices") or []}
         missing = [uuid for uuid in uuids if uuid not in known]
-        return f"NVIDIA's CDI spec does not hold {', '.join(missing)}." if missing else None
+        if missing:
+            return f"NVIDIA's CDI spec does not hold {', '.join(missing)}."
+        bare = [uuid for uuid in uuids if uuid.startswith("MIG-") and not _is_reachable(known[uuid])]
+        return f"NVIDIA's CDI spec lacks the device nodes of {', '.join(bare)}." if bare else None
 
     def rewrite(self) -> Rewrite:
         """Begin to change several containers' devices together."""
@@ -135,6 +140,17 @@ class Rewrite:
             prepared.unlink(missing_ok=True)
         for target, hidden in self._hidden.items():
             hidden.replace(target)
+
+
+def _is_reachable(mig_device: Mapping[str, Any]) -> bool:
+    """Whether a MIG device has the nodes of its GPU, of its GPU instance and of its compute instance.
+
+    A spec that was made before the nodes were leaves them out without a word (k8s-dra-driver-gpu, issue 787).
+    """
+    nodes = (mig_device.get("containerEdits") or {}).get("deviceNodes") or ()
+    paths = [str(node.get("path")) for node in nodes]
+    gpus = [path for path in paths if _GPU_NODE.fullmatch(path)]
+    return len(gpus) == 1 and sum(path.startswith(_CAPABILITIES) for path in paths) >= 2
 
 
 def _check_readable(directory: Path) -> None:

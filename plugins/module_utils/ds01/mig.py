@@ -83,13 +83,15 @@ class Table:
 class Holder:
     """Who uses an instance or a GPU: a container of DS01, or something else that `what` describes.
 
-    `until` is when it is over; None: nobody knows.
+    `until` is when it is over; None: nobody knows. `pid` and `unit` are of a process of the host.
     """
 
     container: str
     user: str = ""
     until: datetime | None = None
     what: str = ""
+    pid: int | None = None
+    unit: str = ""
 
     def __str__(self) -> str:
         name = f"{self.container} of {self.user}" if self.container else self.what
@@ -126,7 +128,8 @@ class Instance:
 @dataclass(frozen=True)
 class GpuState:
     """A GPU as it is. `mig` is its mode now, `pending` the mode after its next reset; `capable`: it has
-    MIG at all. `holders` use it as a whole, `model_id` is its PCI device id as mig-parted writes it.
+    MIG at all; `resets`: a change of the mode resets it. `holders` use it as a whole, `model_id` is its PCI
+    device id as mig-parted writes it, `minor` the number of its device node.
     """
 
     index: int
@@ -140,6 +143,8 @@ class GpuState:
     model_id: int = 0
     holders: tuple[Holder, ...] = ()
     health: str = "ok"
+    resets: bool = False
+    minor: int = -1
 
     @property
     def mode_pending(self) -> bool:
@@ -165,6 +170,25 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Placed:
+    """How a GPU is wanted to the slice: MIG on or off, and exactly these instances, each a profile and
+    the memory slice at which it starts. A layout that is restored or was decided elsewhere.
+    """
+
+    enabled: bool
+    instances: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def cut(self) -> Cut:
+        return Cut(self.enabled, tuple(name for name, _ in self.instances))
+
+    def __str__(self) -> str:
+        if not (self.enabled and self.instances):
+            return str(self.cut)
+        return ", ".join(f"{name} at {start}" for name, start in sorted(self.instances, key=lambda key: key[1]))
+
+
+@dataclass(frozen=True)
 class Step:
     """One operation on a GPU, or an instance that stays."""
 
@@ -173,6 +197,9 @@ class Step:
     profile: str = ""
     placement: Placement | None = None
     uuid: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.action} {self.profile} at {self.placement[0]}" if self.placement else f"{self.action} MIG mode"
 
 
 @dataclass(frozen=True)
@@ -187,6 +214,11 @@ class Plan:
     @property
     def changes(self) -> tuple[Step, ...]:
         return tuple(s for s in self.steps if s.action != KEEP)
+
+    @property
+    def switches(self) -> bool:
+        """Whether the MIG mode changes."""
+        return any(s.action in (ENABLE, DISABLE) for s in self.steps)
 
 
 @dataclass(frozen=True)
@@ -224,6 +256,17 @@ def plan_gpu(gpu: GpuState, cut: Cut, force: Collection[str] = ()) -> Plan | Lay
         return _in_the_way(gpu, cut, staying) if staying else _steps(gpu, cut, ())
     found = _best(_Search(gpu.table, cut.counts, staying, free))
     return _steps(gpu, cut, found) if found is not None else _refused(gpu, cut, force)
+
+
+def plan_placed(gpu: GpuState, layout: Placed, force: Collection[str] = ()) -> Plan | LayoutRefusal:
+    """The plan that makes the GPU exactly this, or why there is none: what is there in its place stays,
+    everything else goes. An instance in use that the layout does not have is never in the plan."""
+    refusal = _unable(gpu, layout.cut) or _misplaced(gpu, layout) or _mode_refused(gpu, layout, force)
+    if refusal:
+        return refusal
+    wanted = layout.instances if layout.enabled else ()
+    outside = [i for i in gpu.instances if _protected(i, force) and not (i.whole and i.key in wanted)]
+    return _in_the_way(gpu, layout, outside) if outside else _steps(gpu, layout.cut, wanted)
 
 
 def possible(table: Table, instances: Iterable[Instance]) -> dict[str, tuple[int, ...]]:
@@ -418,12 +461,30 @@ def _too_many(gpu: GpuState, who: str, cut: Cut) -> LayoutRefusal | None:
     return LayoutRefusal("layout_impossible", problem, gpu=gpu.index) if problem else None
 
 
-def _mode_refused(gpu: GpuState, cut: Cut, force: Collection[str]) -> LayoutRefusal | None:
+def _misplaced(gpu: GpuState, layout: Placed) -> LayoutRefusal | None:
+    """Instances where the GPU cannot have them, by themselves or beside each other."""
+    if not layout.enabled:
+        return None
+    who, taken = f"GPU {gpu.index} ({gpu.name})", 0
+    for name, start in layout.instances:
+        profile = gpu.table.by_name[name]
+        if start not in profile.starts:
+            can = f"it can start at {', '.join(map(str, profile.starts))}."
+            return LayoutRefusal("layout_impossible", f"{who} has no {name} at {start}; {can}", gpu=gpu.index)
+        bits = mask(start, profile.size)
+        if bits & taken:
+            message = f"{who} has no room for {layout} together: {name} at {start} overlaps another one."
+            return LayoutRefusal("layout_impossible", message, gpu=gpu.index)
+        taken |= bits
+    return None
+
+
+def _mode_refused(gpu: GpuState, wanted: Cut | Placed, force: Collection[str]) -> LayoutRefusal | None:
     """A mode changes only on a GPU that nobody uses as a whole."""
     using = [h for h in gpu.holders if not (h.container and h.container in force)]
-    if not using or (cut.enabled == gpu.mig and not gpu.mode_pending):
+    if not using or (wanted.enabled == gpu.mig and not gpu.mode_pending):
         return None
-    return _blocked(gpu, cut, [("the GPU itself", h) for h in using])
+    return _blocked(gpu, wanted, [("the GPU itself", h) for h in using])
 
 
 def _refused(gpu: GpuState, cut: Cut, force: Collection[str]) -> LayoutRefusal:
@@ -447,19 +508,19 @@ def _end(instance: Instance) -> datetime:
     return max((h.until or _NEVER for h in instance.holders), default=_NEVER)
 
 
-def _in_the_way(gpu: GpuState, cut: Cut, instances: Sequence[Instance]) -> LayoutRefusal:
+def _in_the_way(gpu: GpuState, wanted: Cut | Placed, instances: Sequence[Instance]) -> LayoutRefusal:
     places = [(f"{i.profile} at {i.start}:{i.size}", h) for i in sorted(instances, key=_place_of) for h in i.holders]
-    return _blocked(gpu, cut, places)
+    return _blocked(gpu, wanted, places)
 
 
-def _blocked(gpu: GpuState, cut: Cut, places: Sequence[tuple[str, Holder]]) -> LayoutRefusal:
+def _blocked(gpu: GpuState, wanted: Cut | Placed, places: Sequence[tuple[str, Holder]]) -> LayoutRefusal:
     holders = tuple(dict.fromkeys(h for _, h in places))
     ends = [h.until for h in holders]
     used = "; ".join(f"{place} is in use by {h}" for place, h in places)
     names = [h.container for h in holders]
     return LayoutRefusal(
         "layout_in_use",
-        f"GPU {gpu.index} cannot become {cut}: {used}.",
+        f"GPU {gpu.index} cannot become {wanted}: {used}.",
         f"To break it all the same, force: {', '.join(names)}." if all(names) else "",
         available_at=max(e for e in ends if e) if all(ends) else None,
         retry=True,

@@ -57,10 +57,10 @@ def session() -> Iterator[Nvml]:
 
 
 class Nvml:
-    """Reads inside one session."""
+    """Reads inside one session; `library` is pynvml, for those who write in it."""
 
     def __init__(self, pynvml: Any) -> None:
-        self._n = pynvml
+        self.library = self._n = pynvml
 
     def inventory(self) -> Inventory:
         """Every GPU and every allocatable device. A lost GPU is listed as lost; the others go on."""
@@ -123,6 +123,8 @@ class Nvml:
                 capable=mode is not None,
                 model_id=self._n.nvmlDeviceGetPciInfo(handle).pciDeviceId,
                 health=gpu.health,
+                resets=self._optional(self._n.nvmlDeviceGetArchitecture, 0, handle) < self._n.NVML_DEVICE_ARCH_HOPPER,
+                minor=gpu.minor,
             )
         except self._n.NVMLError as exc:
             if _lost(exc):

@@ -18,6 +18,7 @@ from .occupancy import GpuUse
 from .transitions import Change
 
 _NO_GPUS = Inventory((), ())
+_NOT_RESTORED = "it was not cut again since this host started; ds01 restore does that"
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,20 @@ class Observation:
 
 
 class Observer:
-    """Looks at the host; `get_engine` connects when first needed, `metadata` holds containers' records."""
+    """Looks at the host; `get_engine` connects when first needed, `metadata` holds containers' records,
+    `outdated` names the GPUs that were not cut again since a reboot."""
 
-    def __init__(self, get_engine: Callable[[], engine.Engine], metadata: Path, projected: claims.Projected) -> None:
+    def __init__(
+        self,
+        get_engine: Callable[[], engine.Engine],
+        metadata: Path,
+        projected: claims.Projected,
+        outdated: Callable[[], Collection[str]],
+    ) -> None:
         self._engine = get_engine
         self._metadata = metadata
         self._projected = projected
+        self._outdated = outdated
         self._uses: dict[str, GpuUse | None] = {}
 
     def look(
@@ -66,11 +75,16 @@ class Observer:
         foreign = [c for c in listing.others if c.status in engine.RUNNING and c.name not in harmless]
         loose = [c for c in listing.ours if _is_loose(c, now)]
         uses = [*map(self._use, (*foreign, *loose)), *(self._leftover(c) for c in loose if c.own)]
-        return _with_devices(driver, found, [use for use in uses if use])
+        return self._with_devices(driver, found, [use for use in uses if use])
 
     def without_engine(self, driver: nvml.Nvml | None) -> Observation:
         """The driver alone."""
-        return _with_devices(driver, Observation(), []) if driver else Observation()
+        return self._with_devices(driver, Observation(), []) if driver else Observation()
+
+    def _with_devices(self, driver: nvml.Nvml, seen: Observation, uses: Sequence[GpuUse]) -> Observation:
+        inventory = _marked(driver.inventory(), self._outdated())
+        occupied = occupancy.occupied(inventory, uses, driver.processes(inventory), processes.describe)
+        return replace(seen, inventory=inventory, occupied=occupied)
 
     def _seen(self, container: engine.Container, now: Ledger, stopping: bool) -> Seen:
         """One container; when it stopped is asked for only where the ledger does not know it."""
@@ -113,7 +127,17 @@ def _is_loose(container: engine.Container, now: Ledger) -> bool:
     return runs and (container.gpus > 0 or not container.own)
 
 
-def _with_devices(driver: nvml.Nvml, seen: Observation, uses: Sequence[GpuUse]) -> Observation:
-    inventory = driver.inventory()
-    occupied = occupancy.occupied(inventory, uses, driver.processes(inventory), processes.describe)
-    return replace(seen, inventory=inventory, occupied=occupied)
+def _marked(inventory: Inventory, outdated: Collection[str]) -> Inventory:
+    """The inventory in which a GPU that waits to be cut again is not offered to anybody."""
+    if not outdated:
+        return inventory
+    gpus = [
+        replace(gpu, health="suspect", health_reason=_NOT_RESTORED)
+        if gpu.uuid in outdated and gpu.health == "ok"
+        else gpu
+        for gpu in inventory.gpus
+    ]
+    devices = [
+        replace(d, health="suspect") if d.gpu_uuid in outdated and d.health == "ok" else d for d in inventory.devices
+    ]
+    return replace(inventory, gpus=tuple(gpus), devices=tuple(devices))

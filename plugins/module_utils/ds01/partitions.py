@@ -1,31 +1,42 @@
-"""How this host's GPUs are cut, who has what, and what a change would do. Read-only."""
+"""How this host's GPUs are cut, who has what, what is wanted, and what a change would do. Read-only."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from . import geometry, layouts, mig, nvml, records, units
-from .allocations import Allocations
+from . import config, geometry, layouts, mig, nvml, records, units
 from .errors import Ds01Error, invalid_input
-from .mig import Cut, GpuState, Holder, Instance, Plan, Step
+from .limits import GpuPolicy
+from .mig import Cut, GpuState, Holder, Instance, Placed, Plan, Step
 from .model import Allocation, Device, Inventory, Ledger
 from .observation import Observation
-from .transitions import hold_ends, resolved
+from .transitions import STOP_HINT, hold_ends, resolved
+
+if TYPE_CHECKING:
+    from .allocations import Allocations
+
+Cuts = Mapping[int, Cut | Placed]
+"""How GPUs are wanted, by index."""
+Wanted = Callable[[Sequence[GpuState]], Cuts]
+"""The same, once it is known which GPUs there are."""
 
 
 @dataclass(frozen=True)
 class Host:
     """One look: the GPUs with their instances and holders, the ledger as its devices are called now.
 
-    `problems` says what could not be seen.
+    `running` names the containers that run, `problems` says what could not be seen.
     """
 
     gpus: tuple[GpuState, ...]
     inventory: Inventory
     ledger: Ledger
+    running: frozenset[str] = frozenset()
     problems: tuple[Mapping[str, str], ...] = ()
 
     def device(self, uuid: str) -> Device | None:
@@ -36,19 +47,57 @@ def look(allocations: Allocations, *, strict: bool = True) -> Host:
     """The host now. An engine that does not answer is an error; without `strict` it is a problem beside
     what the driver and the ledger tell."""
     before = allocations.store.read()
-    problems = []
     with nvml.session() as driver:
         try:
-            seen = allocations.look(before, driver)
+            return host(allocations, driver, before, allocations.look(before, driver))
         except Ds01Error as exc:
             if strict or exc.reason == "driver_unavailable":
                 raise
-            problems.append({"reason": exc.reason, "msg": str(exc)})
-            seen = Observation(driver.inventory())
-        gpus = driver.layout(seen.inventory)
-    now = resolved(before, seen.inventory)
+            found = host(allocations, driver, before, allocations.look_at_driver(driver))
+            return replace(found, problems=({"reason": exc.reason, "msg": str(exc)},))
+
+
+def host(allocations: Allocations, driver: nvml.Nvml, ledger: Ledger, seen: Observation) -> Host:
+    """The host as this look shows it, with the ledger's devices as they are called now."""
+    now = resolved(ledger, seen.inventory)
     who = _Holders(now, hold_ends(now, allocations.config), seen.occupied)
-    return Host(tuple(_held(gpu, seen.inventory, who) for gpu in gpus), seen.inventory, now, tuple(problems))
+    gpus = tuple(_held(gpu, seen.inventory, who) for gpu in driver.layout(seen.inventory))
+    return Host(gpus, seen.inventory, now, seen.running)
+
+
+# --- what is wanted
+
+
+def wanted(
+    allocations: Allocations,
+    *,
+    layout: str | None = None,
+    gpus: Mapping[int, Sequence[str]] | None = None,
+    layouts_file: Path | None = None,
+) -> Wanted:
+    """A layout by its name, or profiles by GPU index (`[]`: MIG without instances, `["full"]`: MIG off);
+    with neither the limits file's short form. Raises Ds01Error for what makes no sense on any host."""
+    if layout is not None:
+        known = config.load_layouts(layouts_file or allocations.paths.layouts)
+        return functools.partial(layouts.select, known, layout)
+    if gpus is not None:
+        cuts = {index: layouts.cut_of(profiles) for index, profiles in gpus.items()}
+        return lambda _: cuts
+    return functools.partial(_short_form, allocations.config.gpu)
+
+
+def _short_form(policy: GpuPolicy, gpus: Sequence[GpuState]) -> dict[int, Cut]:
+    """`enable_mig` and `mig_profile`: every GPU that has MIG, cut into as many of the profile as it takes."""
+    if policy.enable_mig and policy.mig_profile is None:
+        raise Ds01Error(
+            "config_invalid",
+            "gpu_allocation.mig_profile names no profile to cut the GPUs into.",
+            "Name one there, or a layout: --layout NAME, --gpu 1=3g.40gb,2g.20gb",
+        )
+    profile = policy.mig_profile or ""
+    return {
+        gpu.index: layouts.filled(gpu, profile) if policy.enable_mig else Cut(False) for gpu in gpus if gpu.capable
+    }
 
 
 @dataclass(frozen=True)
@@ -144,25 +193,49 @@ def _status(instance: Instance, allocation: Allocation | None, outside: str | No
 
 @dataclass(frozen=True)
 class Planned:
-    """What a change would do to this host."""
+    """What a change does to this host.
+
+    `services` are stopped meanwhile; `repairs` say what else is not as it should be and will be put right.
+    """
 
     host: Host
     plans: tuple[Plan, ...]
+    services: tuple[str, ...] = ()
+    repairs: tuple[str, ...] = ()
 
     @property
     def changed(self) -> bool:
-        return any(p.changes for p in self.plans)
+        return any(p.changes for p in self.plans) or bool(self.repairs)
+
+    @property
+    def released(self) -> tuple[str, ...]:
+        """The containers that lose their devices, as `force` allows."""
+        return tuple(sorted({h.container for p in self.plans for i in p.broken for h in i.holders}))
+
+    @property
+    def switched(self) -> tuple[GpuState, ...]:
+        """The GPUs whose MIG mode changes."""
+        return tuple(gpu for gpu in self.host.gpus for p in self.plans if p.gpu == gpu.index and p.switches)
 
     def result(self) -> dict[str, Any]:
-        """`ds01 mig plan --json`."""
+        """`ds01 mig plan --json` and `ds01 mig apply --json`."""
         return {
             "changed": self.changed,
             "plan": [_step_record(step) for p in self.plans for step in p.steps],
             "devices": [records.device_record(d) for d in self.host.inventory.devices],
+            "services": list(self.services),
+            "released": list(self.released),
+            "repairs": list(self.repairs),
+            "msg": self.summary(),
         }
 
+    def summary(self) -> str:
+        """The change in a sentence."""
+        parts = [f"GPU {p.gpu}: {', '.join(map(str, p.changes))}" for p in self.plans if p.changes]
+        return "; ".join([*parts, *self.repairs]) + "." if parts or self.repairs else "Every GPU is cut as wanted."
 
-def planned(host: Host, cuts: Mapping[int, Cut], force: Collection[str] = ()) -> Planned:
+
+def planned(host: Host, cuts: Cuts, force: Collection[str] = ()) -> Planned:
     """The plan for the GPUs that `cuts` names by index, all or none. Raises Ds01Error with what is in the way."""
     gpus = geometry.completed(host.gpus)
     there = {gpu.index for gpu in gpus}
@@ -171,11 +244,16 @@ def planned(host: Host, cuts: Mapping[int, Cut], force: Collection[str] = ()) ->
         raise invalid_input(f"There is no GPU {missing[0]} here.", f"There are: {', '.join(map(str, sorted(there)))}.")
     found = mig.plan(gpus, cuts, force)
     if found.refusals:
-        raise _refusal(found.refusals)
-    return Planned(replace(host, gpus=gpus), found.plans)
+        raise refusal(found.refusals)
+    plan = Planned(replace(host, gpus=gpus), found.plans)
+    running = sorted(host.running.intersection(plan.released))
+    if running:
+        raise Ds01Error("container_running", f"{', '.join(running)}: force takes no running container's device.", STOP_HINT)
+    return plan
 
 
-def _refusal(refusals: Sequence[mig.LayoutRefusal]) -> Ds01Error:
+def refusal(refusals: Sequence[mig.LayoutRefusal]) -> Ds01Error:
+    """What is in the way, of each GPU, as one error."""
     first = refusals[0]
     details = [
         {
@@ -189,6 +267,8 @@ def _refusal(refusals: Sequence[mig.LayoutRefusal]) -> Ds01Error:
                     "user": h.user or None,
                     "until": units.format_time(h.until) if h.until else None,
                     "what": h.what or None,
+                    "pid": h.pid,
+                    "unit": h.unit or None,
                 }
                 for h in r.blocked_by
             ],

@@ -38,6 +38,16 @@ class Paths:
         return self.config.parent / "mig-layouts.yaml"
 
     @property
+    def saved_layout(self) -> Path:
+        """How the GPUs were last cut."""
+        return self.state / "mig-layout.json"
+
+    @property
+    def paused_services(self) -> Path:
+        """The services that wait to be started again, while a GPU's MIG mode changes."""
+        return self.state / "mig-services.json"
+
+    @property
     def metadata(self) -> Path:
         return self.state / "container-metadata"
 

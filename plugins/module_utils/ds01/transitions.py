@@ -16,7 +16,7 @@ from .errors import invalid_input
 from .limits import Config, Limits, gpu_hold, resolve
 from .model import Allocation, Device, Grant, Inventory, Ledger, Refusal, Request, Ticket, Waiter
 
-_STOP_HINT = "Stop it with playbooks/container_stop.yml, or remove it with playbooks/container_remove.yml."
+STOP_HINT = "Stop it with playbooks/container_stop.yml, or remove it with playbooks/container_remove.yml."
 STATES = ("allocated", "held", "active", "released")
 
 
@@ -152,7 +152,7 @@ def _not_theirs(change: Change, current: Allocation, running: Collection[str]) -
         message = f"{current.container} belongs to {current.user}, not to {change.name.user}."
         return Refusal("invalid_input", message, "See: ds01 status")
     if change.state in ("held", "released") and current.container in running:
-        return Refusal("container_running", f"{current.container} is running with {current.gpu_id}.", _STOP_HINT)
+        return Refusal("container_running", f"{current.container} is running with {current.gpu_id}.", STOP_HINT)
     return None
 
 

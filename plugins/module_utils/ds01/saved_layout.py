@@ -1,0 +1,110 @@
+"""How DS01 last cut this host's GPUs, for after a reboot, which leaves none of it. An adapter: one JSON file.
+
+Each GPU is noted by its UUID, with the boot in which it was last cut so: until that is this boot, what the
+GPU shows is not what it should be, and nobody is given a part of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from . import files
+from .errors import Ds01Error
+
+if TYPE_CHECKING:
+    from .mig import GpuState, Placed
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class SavedGpu:
+    """A GPU's layout, and the boot in which it was made."""
+
+    layout: Placed
+    boot_id: str
+
+
+@dataclass(frozen=True)
+class SavedLayout:
+    """The layouts by GPU UUID. A GPU that DS01 never cut is not among them."""
+
+    gpus: Mapping[str, SavedGpu] = field(default_factory=dict)
+
+    def noted(self, uuid: str, layout: Placed, boot_id: str) -> SavedLayout:
+        return replace(self, gpus={**self.gpus, uuid: SavedGpu(layout, boot_id)})
+
+
+def layout_of(gpu: GpuState) -> Placed:
+    """A GPU's live layout. Instances that are in themselves divided, or lack their compute instance, are
+    not DS01's, and left out."""
+    from .mig import Placed
+
+    return Placed(gpu.mig, tuple(sorted((i.key for i in gpu.instances if i.whole), key=lambda key: key[1])))
+
+
+class SavedLayoutStore:
+    """The file, replaced as a whole, under the ledger's lock."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> SavedLayout:
+        """What was saved; nothing where there is no file. Raises Ds01Error `ledger_unavailable`."""
+        return self._read(_from_json)
+
+    def outdated(self, boot_id: str) -> frozenset[str]:
+        """The UUIDs of the GPUs that were not yet cut again in this boot. Raises as `read` does."""
+        return self._read(lambda document: _outdated(document, boot_id))
+
+    def _read(self, parse: Callable[[Mapping[str, Any]], _T]) -> _T:
+        try:
+            return parse(json.loads(self._path.read_bytes()))
+        except FileNotFoundError:
+            return parse({"gpus": {}})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+            raise Ds01Error(
+                "ledger_unavailable",
+                f"The saved MIG layout {self._path} cannot be read: {exc}.",
+                "Run as root. If the file is damaged, remove it and apply the layout again: ds01 mig apply --help",
+            ) from None
+
+    def write(self, saved: SavedLayout) -> None:
+        """Replace the file durably. Raises Ds01Error `ledger_unavailable`."""
+        if saved == self.read():
+            return
+        try:
+            files.make_directory(self._path.parent, 0o750)
+            files.replace(self._path, _to_json(saved), 0o640, durable=True)
+        except OSError as exc:
+            raise Ds01Error(
+                "ledger_unavailable",
+                f"The saved MIG layout {self._path} could not be written: {exc.strerror}.",
+                "Free space on that file system, then apply the layout again.",
+            ) from None
+
+
+def _to_json(saved: SavedLayout) -> bytes:
+    gpus = {
+        uuid: {"boot_id": gpu.boot_id, "mig": gpu.layout.enabled, "instances": [list(i) for i in gpu.layout.instances]}
+        for uuid, gpu in saved.gpus.items()
+    }
+    return (json.dumps({"version": 1, "gpus": gpus}, indent=1) + "\n").encode()
+
+
+def _outdated(document: Mapping[str, Any], boot_id: str) -> frozenset[str]:
+    return frozenset(uuid for uuid, gpu in document["gpus"].items() if gpu["boot_id"] != boot_id)
+
+
+def _from_json(document: Mapping[str, Any]) -> SavedLayout:
+    from .mig import Placed  # a run that changes no layout does without
+
+    gpus = {}
+    for uuid, gpu in document["gpus"].items():
+        instances = tuple((str(profile), int(start)) for profile, start in gpu["instances"])
+        gpus[uuid] = SavedGpu(Placed(bool(gpu["mig"]), instances), gpu["boot_id"])
+    return SavedLayout(gpus)

@@ -1,0 +1,85 @@
+"""NVIDIA's own tools on this host: device nodes, and the CDI spec of GPUs that were cut anew. An adapter.
+
+`nvidia-smi` has the driver's missing nodes made, `nvidia-ctk` describes what is there then. In this order:
+a spec that is made before the nodes leaves them out.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from . import files
+from .errors import Ds01Error
+
+_TIMEOUT = 120
+"""Seconds. nvidia-smi alone took 5 s on eight GPUs cut into sevenths (gpu-operator, issue 2155)."""
+
+_INSTALL = "playbooks/site.yml installs it."
+
+
+def installed() -> bool:
+    """Whether this host has the container toolkit."""
+    return shutil.which("nvidia-ctk") is not None
+
+
+def check() -> None:
+    """Raises Ds01Error `driver_unavailable` where no spec could be written now, such as while a GPU is lost."""
+    _generate("yaml")
+
+
+def refresh(spec_files: Iterable[Path]) -> None:
+    """Make the nodes that are missing, and write NVIDIA's CDI spec anew into each of these files.
+
+    A host without any device has no spec: then the files stay as they are. Raises Ds01Error
+    `driver_unavailable` or `permission_denied`.
+    """
+    _run("nvidia-smi", "-L")  # its exit code tells of lost GPUs, which is no matter here
+    texts: dict[str, str | None] = {}
+    for file in spec_files:
+        kind = "json" if file.suffix == ".json" else "yaml"
+        text = texts.setdefault(kind, _generate(kind))
+        if text is not None and not (file.exists() and file.read_text(encoding="utf-8") == text):
+            _write(file, text)
+
+
+def _generate(kind: str) -> str | None:
+    """The spec as nvidia-ctk prints it; None where there is no device."""
+    argv = ["nvidia-ctk", "cdi", "generate", *(["--format", kind] if kind != "yaml" else [])]
+    done = _run(*argv)
+    if done.returncode == 0:
+        return done.stdout.rstrip("\r\n") + "\n"
+    if "no devices" in done.stderr:
+        return None
+    raise Ds01Error(
+        "driver_unavailable",
+        f"NVIDIA's CDI spec cannot be written: {_last_line(done.stderr)}",
+        f"Try: {' '.join(argv)}",
+    )
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        files.make_directory(file.parent, 0o755)
+        files.replace(file, text.encode(), 0o644)
+    except OSError as exc:
+        raise Ds01Error(
+            "permission_denied", f"NVIDIA's CDI spec {file} cannot be written: {exc.strerror}.", "Run as root."
+        ) from None
+
+
+def _run(*argv: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, check=False)
+    except FileNotFoundError:
+        raise Ds01Error("driver_unavailable", f"There is no {argv[0]} on this host.", _INSTALL) from None
+    except subprocess.TimeoutExpired:
+        problem = f"{' '.join(argv)} did not answer within {_TIMEOUT} s."
+        raise Ds01Error("driver_unavailable", problem, "Its driver may hang: dmesg shows more.") from None
+
+
+def _last_line(text: str) -> str:
+    lines: Sequence[str] = text.strip().splitlines()
+    return lines[-1] if lines else "it did not say why"
