@@ -115,6 +115,25 @@ HOSTILE: dict[str, tuple[str, list[str]]] = {
     "profile without a dot": ("gpu_allocation: {mig_profile: 2g20gb}\n", ["gpu_allocation.mig_profile: '2g20gb'"]),
     "pending timeout without unit": ("policies: {pending_timeout: 10}\n", ["policies.pending_timeout: 10"]),
     "unknown reclaim policy": ("policies: {reclaim_holds: always}\n", ["policies.reclaim_holds: 'always'"]),
+    "unknown MIG strategy": (
+        "gpu_allocation: {mig_strategy: auto}\n",
+        ["gpu_allocation.mig_strategy: 'auto'", "dynamic"],
+    ),
+    "a service without its kind": (
+        "policies: {mig_services: [nvidia-dcgm]}\n",
+        ["policies.mig_services.0: 'nvidia-dcgm'", "such as dcgm-exporter.service"],
+    ),
+    "another kind of unit": (
+        "policies: {mig_services: [docker.socket]}\n",
+        ["policies.mig_services.0: 'docker.socket'"],
+    ),
+    "a service that is a path": ("policies: {mig_services: [/etc/a.service]}\n", ["policies.mig_services.0"]),
+    "a service that is an option": ("policies: {mig_services: [--all.service]}\n", ["policies.mig_services.0"]),
+    "a service with a newline": ('policies: {mig_services: ["a.service\\n"]}\n', ["policies.mig_services.0"]),
+    "one service, not in a list": (
+        "policies: {mig_services: a.service}\n",
+        ["policies.mig_services: 'a.service'", "a list of systemd units"],
+    ),
     "quota without per cent": ("groups: {r: {aggregate: {cpu_quota: 4800}}}\n", ["aggregate.cpu_quota: 4800"]),
     "relative mount": ("containers: {allowed_mounts: [data]}\n", ["containers.allowed_mounts.0: 'data'"]),
     "environment with a number": ("containers: {environment: {A: 1}}\n", ["containers.environment.A: 1", "quoted"]),
@@ -201,6 +220,15 @@ def test_what_yaml_takes_for_something_else_is_a_name_where_a_name_stands(host: 
     assert [(r.user, r.devices) for r in checked.reservations] == [("on", ("1:0",))]
 
 
+def test_services_and_the_mig_strategy_of_a_file(host: Host) -> None:
+    names = ["nvidia-dcgm.service", "dcgm-exporter@0.service", "a\\x2db.service"]
+    checked = config.load(host.limits(json.dumps({"policies": {"mig_services": names}})))
+    assert checked.policies.mig_services == tuple(names)
+    assert checked.gpu.mig_strategy == "static"
+    checked = config.load(host.limits("gpu_allocation: {mig_strategy: dynamic}\npolicies: {mig_services: null}\n"))
+    assert (checked.gpu.mig_strategy, checked.policies.mig_services) == ("dynamic", ())
+
+
 def schema_of(section: str, key: str) -> Any:
     schema = json.loads((ROOT / "config" / config.SCHEMA_NAME).read_text(encoding="utf-8"))
     return schema["properties"][section]["properties"][key]
@@ -210,12 +238,17 @@ def test_what_can_be_chosen_is_the_same_in_the_file_and_in_the_modules() -> None
     strategies = schema_of("gpu_allocation", "strategy")["enum"]
     assert ds01_gpu_allocate.ITEM["strategy"]["choices"] == strategies
     assert limits.GpuPolicy().strategy in strategies
+    assert limits.GpuPolicy().mig_strategy in schema_of("gpu_allocation", "mig_strategy")["enum"]
     assert limits.Policies().reclaim_holds in schema_of("policies", "reclaim_holds")["enum"]
 
 
 @pytest.mark.parametrize(
     ("section", "key", "wrong"),
-    [("gpu_allocation", "strategy", "least-allocated"), ("policies", "reclaim_holds", "lower-priority")],
+    [
+        ("gpu_allocation", "strategy", "least-allocated"),
+        ("gpu_allocation", "mig_strategy", "Dynamic"),
+        ("policies", "reclaim_holds", "lower-priority"),
+    ],
 )
 def test_a_choice_that_is_none_is_refused_and_not_ignored(section: str, key: str, wrong: str, host: Host) -> None:
     told = problem(host.limits(f"{section}: {{{key}: {wrong}}}\n"))

@@ -223,21 +223,23 @@ def test_the_file_of_this_repository() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("profiles", "expected"),
     [
-        ("3g.40gb,2g.20gb", Cut(True, ("3g.40gb", "2g.20gb"))),
-        ("2g.20gb, 2g.20gb", Cut(True, ("2g.20gb", "2g.20gb"))),
-        ("", Cut(True)),
-        ("full", Cut(False)),
+        (["3g.40gb", "2g.20gb"], Cut(True, ("3g.40gb", "2g.20gb"))),
+        (["2g.20gb", "2g.20gb"], Cut(True, ("2g.20gb", "2g.20gb"))),
+        ([], Cut(True)),
+        (["full"], Cut(False)),
     ],
+    ids=str,
 )
-def test_a_gpu_on_the_command_line(text: str, expected: Cut) -> None:
-    assert layouts.parse_cut(text) == expected
+def test_a_gpu_by_its_profiles(profiles: list[str], expected: Cut) -> None:
+    assert layouts.cut_of(profiles) == expected
 
 
-def test_what_is_no_profile_on_the_command_line() -> None:
-    with pytest.raises(Ds01Error, match="2g20gb: this is not a MIG profile") as error:
-        layouts.parse_cut("3g.40gb,2g20gb")
+@pytest.mark.parametrize("profiles", [["3g.40gb", "2g20gb"], ["full", "2g.20gb"]], ids=str)
+def test_what_is_no_profile(profiles: list[str]) -> None:
+    with pytest.raises(Ds01Error, match="this is not a MIG profile") as error:
+        layouts.cut_of(profiles)
     assert error.value.reason == "invalid_input"
 
 

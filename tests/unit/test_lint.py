@@ -108,6 +108,16 @@ QUOTAS: dict[str, tuple[dict[str, Any], Inventory, dict[str, str]]] = {
         CUT,
         {},
     ),
+    "more MIG devices are cut for who asks": (
+        {"defaults": {"max_gpus": 7}, "gpu_allocation": {"mig_strategy": "dynamic"}},
+        CUT,
+        {},
+    ),
+    "whole GPUs are not": (
+        {"defaults": {**WHOLE, "max_gpus": 7}, "gpu_allocation": {"mig_strategy": "dynamic"}},
+        FULL,
+        {"defaults.max_gpus": "is 7, but this server has 4 devices."},
+    ),
     "under the old name that the file uses": (
         {"defaults": {**WHOLE, "max_mig_instances": 9}},
         FULL,
@@ -139,6 +149,7 @@ PROFILES: dict[str, tuple[dict[str, Any], Inventory, str]] = {
     "nothing is cut yet": ({"mig_profile": "2g.20gb"}, UNCUT, "it has: no device at all."),
     "a server without MIG gives whole GPUs": ({"mig_profile": "3g.40gb"}, FULL, ""),
     "MIG is not wanted": ({"mig_profile": "3g.40gb", "enable_mig": False}, CUT, ""),
+    "it is cut for who asks": ({"mig_profile": "3g.40gb", "mig_strategy": "dynamic"}, CUT, ""),
 }
 
 

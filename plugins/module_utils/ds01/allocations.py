@@ -263,7 +263,15 @@ class Allocations:
     def reproject(self, transaction: Transaction, final: Ledger, now: datetime, inventory: Inventory) -> None:
         """Write the ledger, and every container's CDI device as it says: none where a device is missing."""
         there = [a for a in final.allocations.values() if all_there(a, inventory)]
-        self.carry_out(transaction, final, now, self._wrongly_projected(final.allocations), there, self.cdi.nvidia_spec())
+        self.carry_out(
+            transaction, final, now, self._wrongly_projected(final.allocations), there, self.cdi.nvidia_spec()
+        )
+
+    def misprojected(self, now: Ledger, inventory: Inventory) -> bool:
+        """Whether a CDI device says something else than this ledger, or is missing."""
+        there = (a for a in now.allocations.values() if all_there(a, inventory))
+        missing = any(self.cdi.projected(a.container) is None for a in there)
+        return missing or bool(self._wrongly_projected(now.allocations))
 
     def look_at_driver(self, driver: nvml.Nvml) -> Observation:
         """The devices and their processes, without asking the engine."""

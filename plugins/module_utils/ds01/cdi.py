@@ -48,6 +48,10 @@ class Cdi:
             for pattern in ("nvidia*.json", "nvidia*.yaml", "nvidia*.yml"):
                 yield from (f for f in sorted(directory.glob(pattern)) if self._spec(f).get("kind") == NVIDIA_KIND)
 
+    def nvidia_targets(self) -> list[Path]:
+        """Where NVIDIA's spec is written: where it is now, or else in the first of its directories."""
+        return list(self.nvidia_files()) or [self._nvidia_directories[0] / "nvidia.yaml"]
+
     def _spec(self, file: Path) -> Mapping[str, Any]:
         """One spec file, parsed once as long as it stays the same: a request that waits asks again and again."""
         found = file.stat() if file.exists() else None

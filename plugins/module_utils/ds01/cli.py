@@ -67,8 +67,7 @@ def _carry_out(change: Change, args: argparse.Namespace, ds01: Allocations) -> i
     if args.dry_run:
         print("Dry run, nothing is changed.", file=sys.stderr)
         return _show(ds01.preview([change])[0], args.json)
-    say = functools.partial(print, file=sys.stderr, flush=True)
-    return _show(waiting.apply(ds01, [change], say)[0], args.json)
+    return _show(waiting.apply(ds01, [change], _say)[0], args.json)
 
 
 def _cmd_validate(args: argparse.Namespace, ds01: Allocations) -> int:
@@ -207,29 +206,52 @@ def _cmd_mig_list(args: argparse.Namespace, ds01: Allocations) -> int:
 
 
 def _cmd_mig_plan(args: argparse.Namespace, ds01: Allocations) -> int:
-    from . import mig_text, partitions
+    from . import mig_text, relayout
 
-    host = partitions.look(ds01)
-    planned = partitions.planned(host, _wanted_layout(args, ds01, host.gpus), args.force)
+    planned = relayout.foresee(ds01, _wanted_layout(args, ds01), args.force)
     if args.json:
         _print_json(planned.result())
     else:
-        print(mig_text.plan_text(planned.host.gpus, planned.plans))
+        print(mig_text.plan_text(planned))
     return EXIT_OK
 
 
-def _wanted_layout(args: argparse.Namespace, ds01: Allocations, gpus: Sequence[Any]) -> Mapping[int, Any]:
-    """How each GPU is wanted, by index."""
-    from . import layouts
+def _cmd_mig_apply(args: argparse.Namespace, ds01: Allocations) -> int:
+    from . import mig_text, relayout
 
-    if args.layout:
-        return layouts.select(config.load_layouts(args.layouts or ds01.paths.layouts), args.layout, gpus)
-    cuts = {}
-    for index, text in args.gpu:
-        if index in cuts:
+    if args.dry_run:
+        return _cmd_mig_plan(args, ds01)
+    planned = relayout.apply(ds01, _wanted_layout(args, ds01), args.force, _say)
+    if args.json:
+        _print_json(planned.result())
+    else:
+        print(mig_text.plan_text(planned))
+    return EXIT_OK
+
+
+def _wanted_layout(args: argparse.Namespace, ds01: Allocations) -> Any:
+    """How each GPU is wanted (partitions.Wanted)."""
+    from . import partitions
+
+    gpus: dict[int, Sequence[str]] = {}
+    for index, profiles in args.gpu or ():
+        if index in gpus:
             raise invalid_input(f"GPU {index} is given twice.", "Name all its profiles in one --gpu.")
-        cuts[index] = layouts.parse_cut(text)
-    return cuts
+        gpus[index] = profiles
+    return partitions.wanted(ds01, layout=args.layout, gpus=gpus or None, layouts_file=args.layouts)
+
+
+def _cmd_restore(args: argparse.Namespace, ds01: Allocations) -> int:
+    from . import relayout
+
+    restored = relayout.foresee_restore(ds01) if args.dry_run else relayout.restore(ds01, _say)
+    if args.json:
+        _print_json(restored.result())
+    else:
+        print(restored.summary())
+    for problem in restored.problems:
+        _complain("not restored", problem)
+    return EXIT_REFUSED if restored.problems else EXIT_OK
 
 
 def _show(outcome: Outcome, as_json: bool) -> int:
@@ -243,6 +265,10 @@ def _show(outcome: Outcome, as_json: bool) -> int:
         _complain(outcome.reason, f"{outcome.message} {outcome.hint}".strip())
         return exit_code(outcome.reason)
     return EXIT_OK
+
+
+_say = functools.partial(print, file=sys.stderr, flush=True)
+"""Progress, for people; the answer alone goes to the standard output."""
 
 
 def _print_json(document: Any) -> None:
@@ -266,12 +292,12 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _gpu_layout(text: str) -> tuple[int, str]:
-    """`1=3g.40gb,2g.20gb` as (1, "3g.40gb,2g.20gb")."""
+def _gpu_layout(text: str) -> tuple[int, list[str]]:
+    """`1=3g.40gb,2g.20gb` as (1, ["3g.40gb", "2g.20gb"])."""
     index, equals, profiles = text.partition("=")
     if not equals or not index.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form 1=3g.40gb,2g.20gb (1=full: MIG off)")
-    return int(index), profiles
+    return int(index), [part.strip() for part in profiles.split(",") if part.strip()]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -347,6 +373,14 @@ def _parser() -> argparse.ArgumentParser:
     again = add("rebuild", _cmd_rebuild, "Restore a lost ledger from the containers.", "ds01 rebuild --dry-run")
     again.add_argument("--dry-run", action="store_true", help="only say what would be restored")
 
+    restore = add(
+        "restore",
+        _cmd_restore,
+        "After a reboot: cut the GPUs again as they were, and give containers their devices again (a unit does this).",
+        "ds01 restore --dry-run",
+    )
+    restore.add_argument("--dry-run", action="store_true", help="only say what would be done")
+
     query = add(
         "query",
         _cmd_query,
@@ -387,8 +421,24 @@ def _add_mig(commands: Any, add: Callable[..., Any]) -> None:
         "ds01 mig plan --gpu 1=3g.40gb,2g.20gb,1g.10gb",
         mig,
     )
-    wanted = plan.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--layout", metavar="NAME", help="a layout of the layouts file")
+    _add_wanted_layout(plan)
+    cut = add(
+        "apply",
+        _cmd_mig_apply,
+        "Cut the GPUs as wanted: just what ds01 mig plan shows, all of it or nothing.",
+        "ds01 mig apply --layout all-balanced",
+        mig,
+    )
+    _add_wanted_layout(cut)
+    cut.add_argument("--dry-run", action="store_true", help="as ds01 mig plan")
+
+
+def _add_wanted_layout(command: Any) -> None:
+    wanted = command.add_mutually_exclusive_group()
+    wanted.add_argument(
+        "--layout", metavar="NAME", help="a layout of the layouts file (neither this nor --gpu: the limits file's"
+        " enable_mig and mig_profile, as many as fit)"
+    )
     wanted.add_argument(
         "--gpu",
         type=_gpu_layout,
@@ -396,8 +446,8 @@ def _add_mig(commands: Any, add: Callable[..., Any]) -> None:
         metavar="N=PROFILES",
         help="a GPU and its profiles (1=: MIG without instances, 1=full: MIG off)",
     )
-    plan.add_argument("--layouts", type=Path, metavar="FILE", help="default: mig-layouts.yaml beside the limits file")
-    plan.add_argument(
+    command.add_argument("--layouts", type=Path, metavar="FILE", help="default: mig-layouts.yaml beside the limits file")
+    command.add_argument(
         "--force", action="append", default=[], metavar="CONTAINER", help="full name of one whose devices it may break"
     )
 

@@ -112,13 +112,9 @@ def model_text(model_id: int) -> str:
     return f"0x{model_id:08X}"
 
 
-def parse_cut(text: str) -> Cut:
-    """A GPU's layout as on a command line: `3g.40gb,2g.20gb`; nothing: MIG without instances; `full`: MIG off."""
-    return cut_of([part.strip() for part in text.split(",") if part.strip()])
-
-
 def cut_of(profiles: Iterable[str]) -> Cut:
-    """A GPU cut into these profiles; `full` alone is MIG off. Raises Ds01Error `invalid_input` for what is no profile."""
+    """A GPU cut into these profiles; none: MIG without instances, `full` alone: MIG off. Raises Ds01Error
+    `invalid_input` for what is no profile."""
     found = tuple(profiles)
     if found == (FULL,):
         return Cut(False)

@@ -119,11 +119,16 @@ class Group:
 
 @dataclass(frozen=True)
 class GpuPolicy:
-    """How devices are chosen. `mig_profile` is what a request without a profile gets where MIG is on."""
+    """How devices are chosen. `mig_profile` is what a request without a profile gets where MIG is on.
+
+    `mig_strategy`: `static` gives what is cut; `dynamic` cuts GPUs anew, where nobody uses them, for a
+    request that nothing else can serve.
+    """
 
     strategy: str = "least_allocated"
     enable_mig: bool = True
     mig_profile: str | None = None
+    mig_strategy: str = "static"
 
 
 @dataclass(frozen=True)
@@ -131,12 +136,14 @@ class Policies:
     """Rules of the house. `pending_timeout`: how long a grant waits for its container (None: for ever).
 
     `monitoring_containers` are names of containers outside DS01 that may see GPUs without counting as
-    their users, such as an exporter of metrics.
+    their users, such as an exporter of metrics. `mig_services` are systemd units that may be stopped
+    while the MIG mode of a GPU changes, and are started again.
     """
 
     reclaim_holds: str = "lower_priority"
     pending_timeout: timedelta | None = timedelta(minutes=10)
     monitoring_containers: tuple[str, ...] = ()
+    mig_services: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -348,7 +355,8 @@ def _given_aggregate(raw: RawLayer | None, path: str) -> RawLayer:
 
 def _policies(raw: RawLayer) -> Policies:
     known = dict(raw)
-    known["monitoring_containers"] = tuple(known.get("monitoring_containers") or ())
+    for key in ("monitoring_containers", "mig_services"):
+        known[key] = tuple(known.get(key) or ())
     if known.get("pending_timeout") is not None:
         known["pending_timeout"] = _checked("pending_timeout", known["pending_timeout"], "policies.pending_timeout")
     return Policies(**known)

@@ -61,13 +61,14 @@ def lint(
     has that login name) nobody is looked up.
     """
     scopes = _scopes(config)
+    cut = inventory if inventory and not _cut_for_who_asks(config, inventory) else None
     findings = [
-        *(_quotas(scopes, inventory) if inventory else ()),
+        *(_quotas(scopes, cut) if cut else ()),
         *_contradictions(scopes),
         *_members(config, known_user),
         *_overridden(config, known_user),
         *_reservations(config, now, inventory),
-        *(_profile(config, inventory) if inventory else ()),
+        *(_profile(config, cut) if cut else ()),
     ]
     # Found through several groups, it is the same finding; the file may use a limit's old name.
     in_file = (Finding(config.written.get(f.path, f.path), f.message) for f in findings)
@@ -87,6 +88,11 @@ def _scopes(config: Config) -> list[_Scope]:
         for user, layer in config.overrides.items()
     ]
     return groups + users
+
+
+def _cut_for_who_asks(config: Config, inventory: Inventory) -> bool:
+    """Whether other devices, and more of them, can be had than are there now."""
+    return config.gpu.mig_strategy == "dynamic" and any(gpu.mig for gpu in inventory.gpus)
 
 
 def _quotas(scopes: Sequence[_Scope], inventory: Inventory) -> Iterator[Finding]:

@@ -237,12 +237,16 @@ class HostPlan:
     refusals: tuple[LayoutRefusal, ...] = ()
 
 
-def plan(gpus: Iterable[GpuState], cuts: Mapping[int, Cut], force: Collection[str] = ()) -> HostPlan:
+def plan(gpus: Iterable[GpuState], cuts: Mapping[int, Cut | Placed], force: Collection[str] = ()) -> HostPlan:
     """The smallest plan for every GPU that `cuts` names by index; `force`: containers that it may break."""
-    answers = [plan_gpu(gpu, cuts[gpu.index], force) for gpu in gpus if gpu.index in cuts]
+    answers = [_planned(gpu, cuts[gpu.index], force) for gpu in gpus if gpu.index in cuts]
     return HostPlan(
         tuple(a for a in answers if isinstance(a, Plan)), tuple(a for a in answers if isinstance(a, LayoutRefusal))
     )
+
+
+def _planned(gpu: GpuState, wanted: Cut | Placed, force: Collection[str]) -> Plan | LayoutRefusal:
+    return plan_placed(gpu, wanted, force) if isinstance(wanted, Placed) else plan_gpu(gpu, wanted, force)
 
 
 def plan_gpu(gpu: GpuState, cut: Cut, force: Collection[str] = ()) -> Plan | LayoutRefusal:

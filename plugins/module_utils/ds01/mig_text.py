@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import mig, slotmap, terminal
 from .mig import GpuState, Instance, Plan, Step
 from .slotmap import Block
+
+if TYPE_CHECKING:
+    from .partitions import Planned
 
 _MARGIN = "  "
 _INSTANCES = {
@@ -78,10 +81,12 @@ def _slices(start: int, size: int) -> str:
     return str(start) if size == 1 else f"{start}-{start + size - 1}"
 
 
-def plan_text(gpus: Sequence[GpuState], plans: Sequence[Plan]) -> str:
+def plan_text(planned: Planned) -> str:
     """`ds01 mig plan`: of every GPU that changes the slices before and after, and the operations."""
-    by_index = {gpu.index: gpu for gpu in gpus}
-    return "\n\n".join("\n".join(_plan_lines(by_index[plan.gpu], plan)) for plan in plans)
+    by_index = {gpu.index: gpu for gpu in planned.host.gpus}
+    parts = ["\n".join(_plan_lines(by_index[plan.gpu], plan)) for plan in planned.plans]
+    meanwhile = [f"stopped meanwhile: {', '.join(planned.services)}"] if planned.services else []
+    return "\n\n".join([*parts, *meanwhile, *(f"also put right: {repair}" for repair in planned.repairs)])
 
 
 def _plan_lines(gpu: GpuState, plan: Plan) -> Iterator[str]:

@@ -95,9 +95,7 @@ def _short_form(policy: GpuPolicy, gpus: Sequence[GpuState]) -> dict[int, Cut]:
             "Name one there, or a layout: --layout NAME, --gpu 1=3g.40gb,2g.20gb",
         )
     profile = policy.mig_profile or ""
-    return {
-        gpu.index: layouts.filled(gpu, profile) if policy.enable_mig else Cut(False) for gpu in gpus if gpu.capable
-    }
+    return {gpu.index: layouts.filled(gpu, profile) if policy.enable_mig else Cut(False) for gpu in gpus if gpu.capable}
 
 
 @dataclass(frozen=True)
@@ -193,13 +191,14 @@ def _status(instance: Instance, allocation: Allocation | None, outside: str | No
 
 @dataclass(frozen=True)
 class Planned:
-    """What a change does to this host.
+    """What a change does to this host, so that its GPUs are as `cuts` says.
 
     `services` are stopped meanwhile; `repairs` say what else is not as it should be and will be put right.
     """
 
     host: Host
     plans: tuple[Plan, ...]
+    cuts: Cuts
     services: tuple[str, ...] = ()
     repairs: tuple[str, ...] = ()
 
@@ -221,7 +220,7 @@ class Planned:
         """`ds01 mig plan --json` and `ds01 mig apply --json`."""
         return {
             "changed": self.changed,
-            "plan": [_step_record(step) for p in self.plans for step in p.steps],
+            "plan": [step_record(step) for p in self.plans for step in p.steps],
             "devices": [records.device_record(d) for d in self.host.inventory.devices],
             "services": list(self.services),
             "released": list(self.released),
@@ -245,10 +244,12 @@ def planned(host: Host, cuts: Cuts, force: Collection[str] = ()) -> Planned:
     found = mig.plan(gpus, cuts, force)
     if found.refusals:
         raise refusal(found.refusals)
-    plan = Planned(replace(host, gpus=gpus), found.plans)
+    plan = Planned(replace(host, gpus=gpus), found.plans, cuts)
     running = sorted(host.running.intersection(plan.released))
     if running:
-        raise Ds01Error("container_running", f"{', '.join(running)}: force takes no running container's device.", STOP_HINT)
+        raise Ds01Error(
+            "container_running", f"{', '.join(running)}: force takes no running container's device.", STOP_HINT
+        )
     return plan
 
 
@@ -279,7 +280,8 @@ def refusal(refusals: Sequence[mig.LayoutRefusal]) -> Ds01Error:
     return Ds01Error(first.reason, message, first.hint, refusals=details)
 
 
-def _step_record(step: Step) -> dict[str, Any]:
+def step_record(step: Step) -> dict[str, Any]:
+    """A step as results show it."""
     return {
         "gpu": step.gpu,
         "action": step.action,

@@ -1,10 +1,14 @@
-"""Processes of this host, from /proc: whose they are, and whether they still live. An adapter; nothing here raises."""
+"""Processes of this host, from /proc: whose they are, whether they still live, and which hold a device node. An
+adapter; nothing here raises."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import pwd
+import stat
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from .model import Process
@@ -14,19 +18,40 @@ _HEAD = 4096
 """Bytes of /proc/PID/status that are read: name and uids stand in its first lines."""
 
 
+@dataclass(frozen=True)
+class Client:
+    """A process that has a device open. `unit` is what systemd runs it in: `nvidia-dcgm.service`,
+    `session-3.scope`, `docker-<id>.scope`; empty where there is none, as are name and user of one that is gone.
+    """
+
+    pid: int
+    name: str = ""
+    user: str = ""
+    unit: str = ""
+
+    def __str__(self) -> str:
+        """`process 4711 (nv-hostengine of root in nvidia-dcgm.service)`."""
+        place = f" in {self.unit}" if self.unit else ""
+        return f"process {self.pid} ({self.name} of {self.user}{place})" if self.name else f"process {self.pid}"
+
+
 def describe(pid: int) -> str:
     """`process 4711 (python3 of bob)`; `process 4711` for one that is gone or not to be seen from here."""
-    try:
-        with (_PROC / str(pid) / "status").open("rb") as status:
-            lines = status.read(_HEAD).decode(errors="replace").splitlines()
-    except OSError:
-        return f"process {pid}"
-    fields = dict(line.partition(":\t")[::2] for line in lines)
-    name, uids = fields.get("Name", ""), fields.get("Uid", "").split()
-    if not name or not uids:
-        return f"process {pid}"
-    shown = "".join(c if c.isprintable() else "?" for c in name)  # a program names itself as it likes
-    return f"process {pid} ({shown} of {_login(int(uids[0]))})"
+    return str(Client(pid, *_owner(pid)))
+
+
+def holders(nodes: Collection[Path]) -> list[Client]:
+    """Every other process that has one of these device nodes open, under whatever name; by pid.
+
+    Only root sees those of everybody. A node that does not exist is held by nobody.
+    """
+    wanted = {number for node in nodes if (number := _number(node))}
+    names = {node.name for node in nodes}
+    found = []
+    for pid in _pids() if wanted else ():
+        if pid != os.getpid() and any(_number(fd) in wanted for fd in _open_devices(pid, names)):
+            found.append(Client(pid, *_owner(pid), _unit(pid)))
+    return found
 
 
 def lives(process: Process) -> bool:
@@ -44,6 +69,73 @@ def boot_id() -> str:
     with contextlib.suppress(OSError):
         return (_PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return ""
+
+
+def _pids() -> list[int]:
+    with contextlib.suppress(OSError):
+        return sorted(int(entry.name) for entry in _PROC.iterdir() if entry.name.isdecimal())
+    return []
+
+
+def _open_devices(pid: int, names: Collection[str]) -> Iterator[Path]:
+    """The descriptors of a process that may be of such a node. Its other files are not looked at: one of
+    them may lie on a server that does not answer."""
+    try:
+        descriptors = list((_PROC / str(pid) / "fd").iterdir())
+    except OSError:
+        return  # gone, or somebody else's
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            target = descriptor.readlink()
+            if "dev" in target.parts or target.name in names:
+                yield descriptor
+
+
+def _number(path: Path) -> tuple[int, ...]:
+    """What makes two paths the same device: major and minor number; of other files, where they are stored."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    if stat.S_ISCHR(found.st_mode):
+        return (found.st_rdev,)
+    return found.st_dev, found.st_ino
+
+
+def _owner(pid: int) -> tuple[str, str]:
+    """(name, login) of a process; empty for one that is gone or not to be seen from here."""
+    try:
+        with (_PROC / str(pid) / "status").open("rb") as status:
+            lines = status.read(_HEAD).decode(errors="replace").splitlines()
+    except OSError:
+        return "", ""
+    fields = dict(line.partition(":\t")[::2] for line in lines)
+    name, uids = fields.get("Name", ""), fields.get("Uid", "").split()
+    if not name or not uids:
+        return "", ""
+    return _printable(name), _login(int(uids[0]))
+
+
+def _unit(pid: int) -> str:
+    """The unit of the host's systemd: the first in the process's path, for a user's own systemd, and one in
+    a container, have theirs below it."""
+    try:
+        lines = (_PROC / str(pid) / "cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        _, _, place = line.partition(":")
+        controllers, _, path = place.partition(":")
+        if controllers in ("", "name=systemd"):  # cgroup v2, and v1
+            units = (part for part in path.split("/") if part.endswith((".service", ".scope")))
+            if unit := next(units, ""):
+                return _printable(unit)
+    return ""
+
+
+def _printable(text: str) -> str:
+    """A program names itself as it likes."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _started(pid: int) -> int | None:

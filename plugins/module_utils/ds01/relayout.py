@@ -1,0 +1,389 @@
+"""The verbs that cut GPUs: foresee, apply, restore. Whatever depends on a layout is put right with it.
+
+Under the ledger's lock: the layout is changed through NVML; then device nodes are made, NVIDIA's CDI spec
+is written anew and checked, the ledger's devices get their present names, the containers' CDI devices
+follow, and the layout is saved for the next boot. Until then no new device can be granted, since nobody
+else gets the lock, nor started on, since the spec does not hold it. A run that was killed leaves at most
+what the next one sees and completes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import engine, geometry, mig, nvml, partitions, pausing, processes, records, services, toolkit
+from .cutter import Cutter, cutting
+from .errors import Ds01Error
+from .ledger import Transaction
+from .mig import GpuState, Holder
+from .model import Inventory, Ledger
+from .partitions import Cuts, Host, Planned, Wanted
+from .saved_layout import SavedLayout, layout_of
+from .transitions import resolved
+
+if TYPE_CHECKING:
+    from .allocations import Allocations
+
+Say = Callable[[str], None]
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+# --- the layout that is wanted
+
+
+def foresee(ds01: Allocations, wanted: Wanted, force: Collection[str] = ()) -> Planned:
+    """What `apply` would do now. Writes nothing; raises Ds01Error with what is in the way."""
+    with nvml.session() as driver:
+        return _foresee(ds01, driver, ds01.store.read(), wanted, force)
+
+
+def apply(ds01: Allocations, wanted: Wanted, force: Collection[str] = (), say: Say = _silent) -> Planned:
+    """Cut the GPUs as wanted, all or none. `force` names containers whose devices may be taken; `say` gets
+    each step. Raises Ds01Error, with everything as it was, where something is in the way or the driver
+    refuses."""
+    if not engine.disabled() and ds01.store.lost():
+        ds01.rebuild()  # an empty ledger protects nobody
+    pausing.resume(ds01.paths.paused_services, say)
+    with nvml.session() as driver:
+        first = ds01.store.read()
+        planned = _foresee(ds01, driver, first, wanted, force)
+        if not planned.changed:
+            return planned
+        if _has_toolkit():
+            toolkit.check()
+        with pausing.paused(planned.services, ds01.paths.paused_services, say), ds01.store.transaction() as transaction:
+            if transaction.ledger != first:
+                planned = _foresee(ds01, driver, transaction.ledger, wanted, force)
+            inventory = cut(ds01, driver, transaction, planned, say)
+    return replace(planned, host=replace(planned.host, inventory=inventory))
+
+
+def _foresee(ds01: Allocations, driver: nvml.Nvml, ledger: Ledger, wanted: Wanted, force: Collection[str]) -> Planned:
+    host = partitions.host(ds01, driver, ledger, ds01.look(ledger, driver))
+    cuts = wanted(host.gpus)
+    planned = partitions.planned(host, cuts, force)
+    clients = _clients([gpu for gpu in planned.switched if gpu.resets], ds01.config.policies.mig_services)
+    if clients:
+        host = replace(host, gpus=tuple(_with_holders(gpu, clients.get(gpu.index, ())) for gpu in host.gpus))
+        planned = partitions.planned(host, cuts, force)
+    units = ds01.config.policies.mig_services if any(gpu.resets for gpu in planned.switched) else ()
+    return replace(planned, services=services.active(units), repairs=_repairs(ds01, ledger, planned))
+
+
+def _clients(gpus: Iterable[GpuState], may_stop: Collection[str]) -> dict[int, tuple[Holder, ...]]:
+    """By index, the processes that have one of these GPUs open, and belong to no service that may be stopped."""
+    found = {}
+    for gpu in gpus:
+        nodes = [Path(f"/dev/nvidia{gpu.minor}")]
+        others = [client for client in processes.holders(nodes) if client.unit not in may_stop]
+        if others:
+            found[gpu.index] = tuple(Holder("", what=str(c), pid=c.pid, unit=c.unit or "", user=c.user) for c in others)
+    return found
+
+
+def _with_holders(gpu: GpuState, clients: Iterable[Holder]) -> GpuState:
+    """The GPU with those who have it open beside those who are known to use it."""
+    return replace(gpu, holders=(*gpu.holders, *clients))
+
+
+def _repairs(ds01: Allocations, ledger: Ledger, planned: Planned) -> tuple[str, ...]:
+    """What is not as it should be beside the layout: what a killed run, or somebody else's change, left."""
+    inventory = planned.host.inventory
+    found = []
+    problem = _spec_problem(ds01, inventory) if _has_toolkit() else None
+    if problem:
+        found.append(problem)
+    now = resolved(ledger, inventory)
+    if now != ledger:
+        found.append("the ledger's devices have other names now")
+    if _has_toolkit() and not problem and ds01.misprojected(now, inventory):
+        found.append("CDI devices of containers are not what the ledger says")
+    saved, same = ds01.saved_layout.read(), {plan.gpu for plan in planned.plans if not plan.changes}
+    if _noted(saved, (gpu for gpu in planned.host.gpus if gpu.index in same)) != saved:
+        found.append("the layout is not saved for the next boot")
+    return tuple(found)
+
+
+def _spec_problem(ds01: Allocations, inventory: Inventory) -> str | None:
+    """Why NVIDIA's CDI spec is not that of these devices: it lacks some, or has some that are gone."""
+    spec = ds01.cdi.nvidia_spec()
+    uuids = [device.uuid for device in inventory.devices]
+    if not uuids:
+        return None
+    lost = any(gpu.health == "lost" for gpu in inventory.gpus)  # what it had is not known
+    stale = (
+        not lost
+        and spec is not None
+        and any(str(d.get("name")).startswith("MIG-") and d.get("name") not in uuids for d in spec["devices"])
+    )
+    return "NVIDIA's CDI spec has MIG devices that are gone" if stale else ds01.cdi.problem(uuids, spec)
+
+
+def _has_toolkit() -> bool:
+    """Without an engine nothing is projected, and nobody misses the toolkit."""
+    return toolkit.installed() or not engine.disabled()
+
+
+# --- under the lock
+
+
+def cut(
+    ds01: Allocations, driver: nvml.Nvml, transaction: Transaction, planned: Planned, say: Say = _silent
+) -> Inventory:
+    """Carry a plan out, and put right what depends on it; the devices afterwards. Under the ledger's lock.
+
+    Raises Ds01Error with the layout, the ledger and the CDI devices as they were.
+    """
+    before, broken = transaction.ledger, set(planned.released)
+    if broken:  # out of reach first: nobody starts on a device that is about to go
+        ds01.carry_out(transaction, before.without(*broken), ds01.clock(), broken, stopped=broken)
+    gpus = {gpu.index: gpu for gpu in planned.host.gpus}
+    try:
+        with cutting(driver.library, say) as cutter:
+            _carry_out(cutter, driver, planned)
+    except BaseException as exc:
+        # What was undone is back in its place, under another name.
+        with contextlib.suppress(Ds01Error):
+            _settle(ds01, driver, transaction, before, broken)
+        _record_refusal(ds01, planned, exc)
+        raise _with_clients(exc, planned.host) from None
+    changed = [gpus[index].uuid for index in planned.cuts]
+    inventory = _settle(ds01, driver, transaction, before, broken, changed)
+    _record(ds01, planned, before)
+    return inventory
+
+
+def _carry_out(cutter: Cutter, driver: nvml.Nvml, planned: Planned) -> None:
+    """The steps of all GPUs: first what goes and the modes, then what is made."""
+    gpus, plans = {gpu.index: gpu for gpu in planned.host.gpus}, planned.plans
+    for step in (s for p in plans for s in p.changes if s.action != mig.CREATE):
+        cutter.carry_out(gpus[step.gpu], step)
+    if planned.switched:  # a GPU tells where its profiles may be only once its mode is on: from here on that counts
+        switched = {gpu.index: planned.cuts[gpu.index] for gpu in planned.switched}
+        gpus |= {gpu.index: gpu for gpu in driver.layout(driver.inventory())}
+        plans = (*(p for p in plans if p.gpu not in switched), *_plans(gpus.values(), switched))
+    for step in (s for p in plans for s in p.changes if s.action == mig.CREATE):
+        cutter.carry_out(gpus[step.gpu], step)
+    _verify(driver, planned.cuts)
+
+
+def _plans(gpus: Iterable[GpuState], cuts: Cuts) -> Sequence[mig.Plan]:
+    found = mig.plan(gpus, cuts)
+    if found.refusals:
+        raise partitions.refusal(found.refusals)
+    return found.plans
+
+
+def _verify(driver: nvml.Nvml, cuts: Cuts) -> None:
+    """Read back: success is what the driver shows, not what it answered."""
+    left = [step for plan in _plans(driver.layout(driver.inventory()), cuts) for step in plan.changes]
+    if left:
+        raise Ds01Error(
+            "layout_impossible",
+            f"The driver accepted every step, and the layout is another one: GPU {left[0].gpu} would still have to"
+            f" {left[0]}.",
+            "Somebody else may cut this GPU at the same time. Run this again.",
+        )
+
+
+def _settle(
+    ds01: Allocations,
+    driver: nvml.Nvml,
+    transaction: Transaction | None,
+    before: Ledger,
+    broken: Collection[str],
+    changed: Collection[str] = (),
+) -> Inventory:
+    """Nodes, NVIDIA's spec, ledger, CDI devices and the saved layout, as the GPUs are now.
+
+    `before` is the ledger before the change (without a `transaction` it is left alone), `broken` are
+    containers that may have lost devices by it, `changed` the UUIDs of the GPUs whose layout is DS01's
+    from now on.
+    """
+    inventory = driver.inventory()
+    if _has_toolkit():
+        toolkit.refresh(ds01.cdi.nvidia_targets())
+    if transaction:
+        final = resolved(before, inventory)
+        final = final.without(*(c for c in broken if _lost_devices(final, c, inventory)))
+        if final.allocations:
+            final = replace(final, boot_id=processes.boot_id())
+        ds01.reproject(transaction, final, ds01.clock(), inventory)
+    gpus = [gpu for gpu in driver.layout(inventory) if gpu.uuid in changed]
+    ds01.saved_layout.write(_noted(ds01.saved_layout.read(), gpus))
+    if _has_toolkit() and (problem := _spec_problem(ds01, inventory)):
+        raise Ds01Error(
+            "driver_unavailable",
+            f"The GPUs are cut as wanted, but {problem}",
+            "Until it is written, the new devices are offered to nobody. Try: nvidia-smi -L; nvidia-ctk cdi generate",
+        )
+    return inventory
+
+
+def _with_clients(exc: BaseException, host: Host) -> BaseException:
+    """The driver's "in use" with those who have the GPU open."""
+    gpu = next((g for g in host.gpus if isinstance(exc, Ds01Error) and g.index == exc.details.get("gpu")), None)
+    if not (isinstance(exc, Ds01Error) and gpu and exc.reason == "layout_in_use"):
+        return exc
+    clients = [str(client) for client in processes.holders([Path(f"/dev/nvidia{gpu.minor}")])]
+    who = f"These have it open: {', '.join(clients)}." if clients else ""
+    return Ds01Error(exc.reason, f"{exc.message} {who}".strip(), exc.hint, **exc.details)
+
+
+def _lost_devices(now: Ledger, container: str, inventory: Inventory) -> bool:
+    allocation = now.allocations.get(container)
+    return allocation is not None and not all(inventory.find(device) for device in allocation.devices)
+
+
+def _noted(saved: SavedLayout, gpus: Iterable[GpuState]) -> SavedLayout:
+    for gpu in gpus:
+        saved = saved.noted(gpu.uuid, layout_of(gpu), processes.boot_id())
+    return saved
+
+
+# --- the audit log
+
+
+def _record(ds01: Allocations, planned: Planned, before: Ledger) -> None:
+    now = ds01.clock()
+    for container in planned.released:
+        had = before.allocations[container]
+        ds01.events.write(
+            "gpu.reclaimed",
+            now,
+            user=had.user,
+            container=container,
+            devices=[records.device_record(d) for d in had.devices],
+            reason="layout",
+            message=f"{had.gpu_id}, held for {container}, was taken: the GPU is cut otherwise.",
+        )
+    gpus = {gpu.index: gpu for gpu in planned.host.gpus}
+    for plan in planned.plans:
+        if plan.changes:
+            steps = ", ".join(map(str, plan.changes))
+            uuid = gpus[plan.gpu].uuid
+            ds01.events.write("mig.changed", now, gpu=plan.gpu, uuid=uuid, message=f"GPU {plan.gpu}: {steps}.")
+
+
+def _record_refusal(ds01: Allocations, planned: Planned, exc: BaseException) -> None:
+    reason = exc.reason if isinstance(exc, Ds01Error) else "interrupted"
+    gpus = [plan.gpu for plan in planned.plans if plan.changes]
+    ds01.events.write("mig.refused", ds01.clock(), gpus=gpus, reason=reason, message=str(exc))
+
+
+# --- after a reboot
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a restore did. `problems` say which GPUs, or what else, are not as before."""
+
+    plans: tuple[mig.Plan, ...] = ()
+    inventory: Inventory | None = None
+    problems: tuple[str, ...] = ()
+    renamed: bool = False
+    """Whether the ledger's devices have other names now."""
+
+    @property
+    def changed(self) -> bool:
+        return self.renamed or any(plan.changes for plan in self.plans)
+
+    def result(self) -> dict[str, Any]:
+        """`ds01 restore --json`."""
+        return {
+            "changed": self.changed,
+            "plan": [partitions.step_record(step) for plan in self.plans for step in plan.steps],
+            "devices": [records.device_record(d) for d in self.inventory.devices] if self.inventory else [],
+            "problems": list(self.problems),
+            "msg": self.summary(),
+        }
+
+    def summary(self) -> str:
+        """The restore in a sentence."""
+        parts = [f"GPU {p.gpu}: {', '.join(map(str, p.changes))}" for p in self.plans if p.changes]
+        return "; ".join(parts) + "." if parts else "Every saved layout is in place."
+
+
+def foresee_restore(ds01: Allocations) -> Restored:
+    """What `restore` would do now. Writes nothing."""
+    with nvml.session() as driver:
+        host, plans, problems = _foresee_restore(ds01, driver, *_readable(ds01))
+    return Restored(tuple(plans.values()), host.inventory, tuple(problems))
+
+
+def restore(ds01: Allocations, say: Say = _silent) -> Restored:
+    """Cut every GPU again as it was saved, in the same places, and project the ledger on what is there then.
+
+    For a boot, before any container runs: it never asks the engine, whose start may wait for it. GPU by
+    GPU: one that cannot be cut again keeps no other from it, and is offered to nobody. Raises Ds01Error
+    where there is no driver, or no lock.
+    """
+    pausing.resume(ds01.paths.paused_services, say)
+    with nvml.session() as driver, ds01.store.locked():
+        ledger, unreadable = _readable(ds01)
+        host, plans, problems = _foresee_restore(ds01, driver, ledger, unreadable)
+        saved, done = ds01.saved_layout.read(), []
+        for uuid, plan in plans.items():
+            try:
+                with cutting(driver.library, say) as cutter:
+                    _carry_out(cutter, driver, Planned(host, (plan,), {plan.gpu: saved.gpus[uuid].layout}))
+                done.append(uuid)
+            except Ds01Error as exc:
+                problems.append(str(_with_clients(exc, host)))
+        transaction = None if unreadable else Transaction(ds01.store, ledger)
+        inventory = host.inventory
+        try:
+            inventory = _settle(ds01, driver, transaction, ledger, (), done)
+        except Ds01Error as exc:
+            problems.append(str(exc))
+    renamed = transaction is not None and transaction.ledger.generation != ledger.generation
+    restored = Restored(tuple(plans[uuid] for uuid in done), inventory, tuple(problems), renamed)
+    _record_restore(ds01, restored)
+    return restored
+
+
+def _readable(ds01: Allocations) -> tuple[Ledger, list[str]]:
+    """The ledger; where it is damaged an empty one, and that in words."""
+    try:
+        return ds01.store.read(), []
+    except Ds01Error as exc:
+        if exc.reason != "ledger_damaged":
+            raise
+        return Ledger(), [str(exc)]
+
+
+def _foresee_restore(
+    ds01: Allocations, driver: nvml.Nvml, ledger: Ledger, unreadable: Sequence[str]
+) -> tuple[Host, dict[str, mig.Plan], list[str]]:
+    """The host, the plan of each saved GPU by its UUID, and what cannot be restored."""
+    host = partitions.host(ds01, driver, ledger, ds01.look_at_driver(driver))
+    host = replace(host, gpus=geometry.completed(host.gpus))
+    there = {gpu.uuid: gpu for gpu in host.gpus}
+    plans: dict[str, mig.Plan] = {}
+    problems = [*unreadable]
+    for uuid, saved in ds01.saved_layout.read().gpus.items():
+        if uuid not in there:
+            problems.append(f"{uuid} is not there: it was removed, or the driver lost it.")
+            continue
+        answer = mig.plan_placed(there[uuid], saved.layout)
+        if isinstance(answer, mig.LayoutRefusal):
+            problems.append(answer.message)
+        elif unreadable and any(step.uuid for step in answer.changes):
+            problems.append(f"GPU {answer.gpu} is cut otherwise, and without a ledger nobody knows who uses it.")
+        else:
+            plans[uuid] = answer
+    return host, plans, problems
+
+
+def _record_restore(ds01: Allocations, restored: Restored) -> None:
+    if restored.changed or restored.problems:
+        ds01.events.write(
+            "mig.restored", ds01.clock(), message=restored.summary(), problems=list(restored.problems) or None
+        )
