@@ -126,6 +126,11 @@ released:
   type: list
   elements: str
   sample: [my-project._.alice]
+repairs:
+  description: What else was not as it should be and is put right, such as what a run left behind that died midway.
+  returned: when O(state=present)
+  type: list
+  elements: str
 document:
   description: How the GPUs are cut, as a file of layouts has it.
   returned: when O(state=exported)
@@ -153,7 +158,7 @@ reason:
 refusals:
   description:
     - One for each GPU that cannot be cut as wanted, with C(gpu), C(reason), C(msg), C(available_at) and C(blocked_by),
-      a list of who is in the way (C(container), C(user), C(until), C(what)).
+      a list of who is in the way (C(container), C(user), C(until), C(what), C(pid), C(unit)).
   returned: when a layout is refused
   type: list
   elements: dict
@@ -190,8 +195,7 @@ def present(ds01: Allocations, params: Mapping[str, Any], check_mode: bool) -> d
     )
     carry_out = relayout.foresee if check_mode else relayout.apply
     planned = carry_out(ds01, wanted, params["force"])
-    gpus, plans = planned.host.gpus, planned.plans
-    shown = {"text": mig_text.plan_text(gpus, plans), "diff": mig_text.difference(gpus, plans)}
+    shown = {"text": mig_text.plan_text(planned), "diff": mig_text.difference(planned)}
     return {**planned.result(), **shown, "reason": "ok"}
 
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 from ds01 import mig, mig_text
 from ds01.mig import GpuState
+from ds01.model import Inventory, Ledger
+from ds01.partitions import Host, Planned
 from mig_support import cut, gpu
 
 WHOLE = replace(gpu(index=3, mig=False), table=gpu().table)
@@ -20,7 +22,7 @@ A_MAP = """\
 def differences(state: GpuState, wanted: str, *force: str) -> list[dict[str, str]]:
     found = mig.plan([state], {state.index: cut(wanted)}, force)
     assert found.refusals == ()
-    return mig_text.difference([state], found.plans)
+    return mig_text.difference(Planned(Host((state,), Inventory((), ()), Ledger()), found.plans))
 
 
 def test_the_slices_before_and_after_with_who_sits_where() -> None:
@@ -39,7 +41,7 @@ def test_the_slices_before_and_after_with_who_sits_where() -> None:
 @pytest.mark.parametrize(
     ("state", "wanted", "before", "after"),
     [
-        pytest.param(WHOLE, "3g.40gb", "MIG off: a whole GPU\n", "|...............................|3g.40gb", id="mode on"),
+        pytest.param(WHOLE, "4g.40gb", "MIG off: a whole GPU\n", "|4g.40gb", id="mode on"),
         pytest.param(gpu("1g.10gb@0"), "off", "|1g.10gb|", "MIG off: a whole GPU\n", id="mode off"),
         pytest.param(gpu("1g.10gb@0"), "", "|1g.10gb|", "|......", id="nothing left"),
     ],
@@ -58,3 +60,9 @@ def test_what_is_made_anew_in_the_same_place_is_one() -> None:
     (found,) = differences(gpu("2g.20gb@0?"), "2g.20gb")
     assert "leftover" in found["before"]
     assert "new" in found["after"]
+
+
+def test_what_else_is_put_right() -> None:
+    planned = Planned(Host((), Inventory((), ()), Ledger()), (), repairs=("the spec is old", "a name is old"))
+    (found,) = mig_text.difference(planned)
+    assert (found["before"], found["after"]) == ("the spec is old\na name is old\n", "")

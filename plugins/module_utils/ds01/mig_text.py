@@ -102,15 +102,22 @@ def _plan_lines(gpu: GpuState, plan: Plan) -> Iterator[str]:
     )
 
 
-def difference(gpus: Sequence[GpuState], plans: Sequence[Plan]) -> list[dict[str, str]]:
-    """Of every GPU that changes its slices before and after with who has them, as Ansible shows differences."""
-    by_index = {gpu.index: gpu for gpu in gpus}
-    return [_difference(by_index[plan.gpu], plan) for plan in plans if plan.changes]
+def difference(planned: Planned) -> list[dict[str, str]]:
+    """Of every GPU that changes its slices before and after with who has them, as Ansible shows differences;
+    last what else is put right."""
+    by_index = {gpu.index: gpu for gpu in planned.host.gpus}
+    found = [_difference(by_index[plan.gpu], plan) for plan in planned.plans if plan.changes]
+    if planned.repairs:
+        found.append(_as_difference("put right", "".join(f"{repair}\n" for repair in planned.repairs), ""))
+    return found
 
 
 def _difference(gpu: GpuState, plan: Plan) -> dict[str, str]:
-    title = f"GPU {gpu.index}  {gpu.name}"
     before, after = ("\n".join(_map(gpu, blocks)) + "\n" for blocks in (_now(gpu), _then(gpu, plan)))
+    return _as_difference(f"GPU {gpu.index}  {gpu.name}", before, after)
+
+
+def _as_difference(title: str, before: str, after: str) -> dict[str, str]:
     return {"before_header": title, "after_header": title, "before": before, "after": after}
 
 
