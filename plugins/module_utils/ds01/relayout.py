@@ -84,7 +84,7 @@ def _clients(gpus: Iterable[GpuState], may_stop: Collection[str]) -> dict[int, t
         nodes = [Path(f"/dev/nvidia{gpu.minor}")]
         others = [client for client in processes.holders(nodes) if client.unit not in may_stop]
         if others:
-            found[gpu.index] = tuple(Holder("", what=str(c), pid=c.pid, unit=c.unit or "", user=c.user) for c in others)
+            found[gpu.index] = tuple(Holder("", what=str(c), pid=c.pid, unit=c.unit, user=c.user) for c in others)
     return found
 
 
