@@ -55,7 +55,7 @@ def apply(ds01: Allocations, wanted: Wanted, force: Collection[str] = (), say: S
         planned = _foresee(ds01, driver, ds01.store.read(), wanted, force)
         if not planned.changed:
             return planned
-        if _has_toolkit():
+        if _has_toolkit() and planned.recuts:
             toolkit.check()
         with pausing.paused(planned.services, ds01.paths.paused_services, say), ds01.store.transaction() as transaction:
             # Until here others could cut, which shows in no ledger where nobody had the devices.
@@ -100,7 +100,7 @@ def _repairs(ds01: Allocations, ledger: Ledger, planned: Planned) -> tuple[str, 
     found = []
     problem = _spec_problem(ds01, inventory) if _has_toolkit() else None
     if problem:
-        found.append(problem)
+        found.append(problem.rstrip("."))
     now = resolved(ledger, inventory)
     if now != ledger:
         found.append("the ledger's devices have other names now")
@@ -119,12 +119,9 @@ def _spec_problem(ds01: Allocations, inventory: Inventory) -> str | None:
     if not uuids:
         return None
     lost = any(gpu.health == "lost" for gpu in inventory.gpus)  # what it had is not known
-    stale = (
-        not lost
-        and spec is not None
-        and any(str(d.get("name")).startswith("MIG-") and d.get("name") not in uuids for d in spec["devices"])
-    )
-    return "NVIDIA's CDI spec has MIG devices that are gone" if stale else ds01.cdi.problem(uuids, spec)
+    described = {str(device.get("name")) for device in spec["devices"]} if spec and not lost else set()
+    stale = [name for name in described.difference(uuids) if name.startswith(("GPU-", "MIG-"))]
+    return "NVIDIA's CDI spec has devices that are gone." if stale else ds01.cdi.problem(uuids, spec)
 
 
 def _has_toolkit() -> bool:
@@ -155,10 +152,10 @@ def cut(
             _renew(ds01, transaction, devices, _settle(ds01, driver, transaction, before, broken))
         _record_refusal(ds01, planned, exc)
         raise _with_clients(exc, planned.host) from None
+    _record(ds01, planned, before)
     changed = [gpus[index].uuid for index in planned.cuts]
     inventory = _settle(ds01, driver, transaction, before, broken, changed)
     _renew(ds01, transaction, devices, inventory)
-    _record(ds01, planned, before)
     return inventory
 
 
@@ -216,7 +213,7 @@ def _settle(
     from now on.
     """
     inventory = driver.inventory()
-    if _has_toolkit():
+    if _has_toolkit() and _spec_problem(ds01, inventory):
         toolkit.refresh(ds01.cdi.nvidia_targets())
     if transaction:
         final = resolved(before, inventory)
@@ -333,7 +330,6 @@ def restore(ds01: Allocations, say: Say = _silent) -> Restored:
     GPU: one that cannot be cut again keeps no other from it, and is offered to nobody. Raises Ds01Error
     where there is no driver, or no lock.
     """
-    pausing.resume(ds01.paths.paused_services, say)
     with nvml.session() as driver, ds01.store.locked():
         ledger, unreadable = _readable(ds01)
         host, plans, problems = _foresee_restore(ds01, driver, ledger, unreadable)
