@@ -217,7 +217,7 @@ def _cmd_mig_plan(args: argparse.Namespace, ds01: Allocations) -> int:
 
 
 def _cmd_mig_apply(args: argparse.Namespace, ds01: Allocations) -> int:
-    from . import mig_text, relayout
+    from . import relayout
 
     if args.dry_run:
         return _cmd_mig_plan(args, ds01)
@@ -225,7 +225,7 @@ def _cmd_mig_apply(args: argparse.Namespace, ds01: Allocations) -> int:
     if args.json:
         _print_json(planned.result())
     else:
-        print(mig_text.plan_text(planned))
+        print(planned.summary())
     return EXIT_OK
 
 
