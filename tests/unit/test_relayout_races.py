@@ -62,6 +62,16 @@ def test_a_device_that_is_granted_meanwhile_is_not_cut_away(start: Start, meanwh
     server.check_all_done()
 
 
+def test_a_ledger_that_is_removed_meanwhile_is_no_empty_one(start: Start, meanwhile: Meanwhile) -> None:  # noqa: F811
+    server = start("A100-SXM4-80GB", g0=THREE)
+    server.allocate("p._.alice", "2g.20gb")
+    server.report("held", "p._.alice")
+    cuts = server.cuts()
+    meanwhile(server.host.ledger.unlink)
+    assert server.refused(g0="2g.20gb,3g.40gb").reason == "ledger_unavailable"
+    assert (server.cuts(), server.calls.writes) == (cuts, [])
+
+
 def test_another_change_meanwhile_is_seen(start: Start, meanwhile: Meanwhile) -> None:  # noqa: F811
     server = start("A100-SXM4-80GB", g0=THREE)
     meanwhile(lambda: server.apply(g0="1g.10gb,1g.10gb,1g.10gb,1g.10gb"))

@@ -45,8 +45,11 @@ _EVENTS = {"granted": "gpu.allocated", "held": "gpu.held", "released": "gpu.rele
 _ATTEMPTS = 3
 
 
-class _OutdatedError(Exception):
+class _OutdatedError(Ds01Error):
     """What a decision was based on is not so any more; nothing was changed."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__("container_busy", f"While this was decided {what}.", "Try again; nothing was changed.")
 
 
 @dataclass(frozen=True)
@@ -139,16 +142,13 @@ class Allocations:
 
         A ledger that is gone or damaged is first rebuilt from the containers.
         """
-        for _ in range(_ATTEMPTS):
-            with contextlib.suppress(_OutdatedError):
+        for left in reversed(range(_ATTEMPTS)):
+            try:
                 plan = self._decide_and_write(changes)
                 break
-        else:
-            raise Ds01Error(
-                "container_busy",
-                "While this was decided GPUs were cut, containers were started past DS01, or the ledger was removed.",
-                "Try again; nothing was changed.",
-            )
+            except _OutdatedError:
+                if not left:
+                    raise
         self._record_events(plan)
         problem = self.events.problem
         return [replace(o, warnings=(*o.warnings, problem)) for o in plan.outcomes] if problem else plan.outcomes
@@ -163,14 +163,14 @@ class Allocations:
             seen = self._observe(changes, first, sources)
             transaction = stack.enter_context(self.store.transaction())
             if transaction.ledger.generation < first.generation:
-                raise _OutdatedError  # it is gone since: what is empty now is no ledger
+                raise _OutdatedError("the ledger was removed")  # what is empty now is no ledger
             if transaction.ledger != first:
                 seen = self._observe(changes, transaction.ledger, sources)  # what was seen may be older than that
                 if sources.driver:
                     sources = replace(sources, spec=self.cdi.nvidia_spec())
             plan = self._plan(changes, transaction.ledger, seen, sources)
             if sources.driver and not sources.driver.has(_granted(plan)):
-                raise _OutdatedError  # cut otherwise since: what nobody had shows in no ledger
+                raise _OutdatedError("GPUs were cut")  # of what nobody had, which shows in no ledger
             moved = _moved(transaction.ledger, plan.ledger)
             stopped = set(moved) - seen.running
             project = (a for a in _to_project(plan, transaction.ledger) if all_there(a, seen.inventory))
@@ -202,7 +202,7 @@ class Allocations:
             if stopped and not engine.disabled():
                 self._check_still_stopped(stopped)
             transaction.commit(final, now)
-        except (OSError, Ds01Error, _OutdatedError) as exc:
+        except (OSError, Ds01Error) as exc:
             with contextlib.suppress(OSError):
                 rewrite.undo()
             raise self._unwritable(exc, "nothing was changed") from None
@@ -220,8 +220,9 @@ class Allocations:
 
     def _check_still_stopped(self, containers: Collection[str]) -> None:
         """Their devices are out of reach now: whoever does not run yet cannot start with them any more."""
-        if any(c.name in containers and c.status in engine.RUNNING for c in self.engine.containers()):
-            raise _OutdatedError
+        started = [c.name for c in self.engine.containers() if c.name in containers and c.status in engine.RUNNING]
+        if started:
+            raise _OutdatedError(f"{', '.join(started)} was started past DS01")
 
     def _unwritable(self, exc: Exception, outcome: str) -> Exception:
         if not isinstance(exc, OSError):

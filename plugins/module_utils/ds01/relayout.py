@@ -52,12 +52,17 @@ def apply(ds01: Allocations, wanted: Wanted, force: Collection[str] = (), say: S
         ds01.rebuild()  # an empty ledger protects nobody
     pausing.resume(ds01.paths.paused_services, say)
     with nvml.session() as driver:
-        planned = _foresee(ds01, driver, ds01.store.read(), wanted, force)
+        first = ds01.store.read()
+        planned = _foresee(ds01, driver, first, wanted, force)
         if not planned.changed:
             return planned
         if _has_toolkit() and planned.recuts:
             toolkit.check()
         with pausing.paused(planned.services, ds01.paths.paused_services, say), ds01.store.transaction() as transaction:
+            if transaction.ledger.generation < first.generation:
+                raise Ds01Error(
+                    "ledger_unavailable", "The ledger was removed meanwhile.", "Run this again; nothing was changed."
+                )
             # Until here others could cut, which shows in no ledger where nobody had the devices.
             planned = _foresee(ds01, driver, transaction.ledger, wanted, force)
             if not planned.changed:
