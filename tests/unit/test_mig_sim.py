@@ -227,7 +227,8 @@ GPU 1  NVIDIA A100-SXM4-80GB
 """
     )
     assert server.ds01("mig", "plan", "--gpu", f"1={CUT}").out == (
-        "GPU 1  NVIDIA A100-SXM4-80GB: as wanted, nothing to do\n"
+        "GPU 1  NVIDIA A100-SXM4-80GB: as wanted, nothing to do\n\n"
+        "also put right: the layout is not saved for the next boot\n"
     )
 
 
@@ -289,7 +290,7 @@ USAGE: dict[str, tuple[list[str], int, str]] = {
     "no room": (["--gpu", "2=2g.12gb,2g.12gb,1g.6gb"], 1, "no room for 2 x 2g.12gb, 1g.6gb together"),
     "no such layout": (["--layout", "all-balance"], 2, "There is no layout 'all-balance'."),
     "no such file": (["--layout", "x", "--layouts", "/nowhere.yaml"], 2, "/nowhere.yaml: the file of MIG layouts"),
-    "nothing wanted": ([], 2, "one of the arguments --layout --gpu is required"),
+    "the short form": ([], 1, "GPU 2 (NVIDIA A30) has no profile 2g.20gb; it has 1g.6"),
     "both": (["--layout", "x", "--gpu", "1="], 2, "not allowed with argument"),
 }
 

@@ -20,9 +20,10 @@ A_MAP = """\
 
 
 def differences(state: GpuState, wanted: str, *force: str) -> list[dict[str, str]]:
-    found = mig.plan([state], {state.index: cut(wanted)}, force)
+    cuts = {state.index: cut(wanted)}
+    found = mig.plan([state], cuts, force)
     assert found.refusals == ()
-    return mig_text.difference(Planned(Host((state,), Inventory((), ()), Ledger()), {}, found.plans))
+    return mig_text.difference(Planned(Host((state,), Inventory((), ()), Ledger()), found.plans, cuts))
 
 
 def test_the_slices_before_and_after_with_who_sits_where() -> None:
@@ -63,6 +64,6 @@ def test_what_is_made_anew_in_the_same_place_is_one() -> None:
 
 
 def test_what_else_is_put_right() -> None:
-    planned = Planned(Host((), Inventory((), ()), Ledger()), {}, (), repairs=("the spec is old", "a name is old"))
+    planned = Planned(Host((), Inventory((), ()), Ledger()), (), {}, repairs=("the spec is old", "a name is old"))
     (found,) = mig_text.difference(planned)
     assert (found["before"], found["after"]) == ("the spec is old\na name is old\n", "")

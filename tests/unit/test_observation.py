@@ -62,8 +62,9 @@ def container(name: str, status: str = "running", labels: Any = OURS) -> Contain
     return Container(name, name, status, "img", labels)
 
 
-def observer(engine: Engine, tmp_path: Path) -> Observer:
-    return Observer(lambda: engine, tmp_path, lambda container: ("GPU-0",) if container == "q._.alice" else None)
+def observer(engine: Engine, tmp_path: Path, outdated: tuple[str, ...] = ()) -> Observer:
+    projected = {"q._.alice": ("GPU-0",)}
+    return Observer(lambda: engine, tmp_path, projected.get, lambda: outdated)
 
 
 def test_a_container_outside_ds01_is_asked_about_once(tmp_path: Path) -> None:
@@ -79,6 +80,12 @@ def test_what_only_watches_uses_nothing(tmp_path: Path) -> None:
     engine = Engine(foreign=[container("dcgm-exporter", labels={})])
     seen = observer(engine, tmp_path).look(taken(TWO), Driver(), harmless=["dcgm-exporter"])
     assert seen.occupied == {}
+
+
+def test_a_gpu_that_was_not_cut_again_since_the_boot_is_offered_to_nobody(tmp_path: Path) -> None:
+    seen = observer(Engine(), tmp_path, outdated=("GPU-1",)).look(taken(TWO), Driver())
+    assert [d.health for d in seen.inventory.devices] == ["ok", "suspect"]
+    assert "not cut again since this host started" in seen.inventory.gpus[1].health_reason
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def _cmd_mig_plan(args: argparse.Namespace, ds01: Allocations) -> int:
 
 
 def _cmd_mig_apply(args: argparse.Namespace, ds01: Allocations) -> int:
-    from . import mig_text, relayout
+    from . import relayout
 
     if args.dry_run:
         return _cmd_mig_plan(args, ds01)
@@ -225,7 +225,7 @@ def _cmd_mig_apply(args: argparse.Namespace, ds01: Allocations) -> int:
     if args.json:
         _print_json(planned.result())
     else:
-        print(mig_text.plan_text(planned))
+        print(planned.summary())
     return EXIT_OK
 
 
@@ -436,8 +436,10 @@ def _add_mig(commands: Any, add: Callable[..., Any]) -> None:
 def _add_wanted_layout(command: Any) -> None:
     wanted = command.add_mutually_exclusive_group()
     wanted.add_argument(
-        "--layout", metavar="NAME", help="a layout of the layouts file (neither this nor --gpu: the limits file's"
-        " enable_mig and mig_profile, as many as fit)"
+        "--layout",
+        metavar="NAME",
+        help="a layout of the layouts file (neither this nor --gpu: the limits file's"
+        " enable_mig and mig_profile, as many as fit)",
     )
     wanted.add_argument(
         "--gpu",
@@ -446,7 +448,9 @@ def _add_wanted_layout(command: Any) -> None:
         metavar="N=PROFILES",
         help="a GPU and its profiles (1=: MIG without instances, 1=full: MIG off)",
     )
-    command.add_argument("--layouts", type=Path, metavar="FILE", help="default: mig-layouts.yaml beside the limits file")
+    command.add_argument(
+        "--layouts", type=Path, metavar="FILE", help="default: mig-layouts.yaml beside the limits file"
+    )
     command.add_argument(
         "--force", action="append", default=[], metavar="CONTAINER", help="full name of one whose devices it may break"
     )
