@@ -6,15 +6,18 @@ ledger, so that each change sees what those before it took.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import names, placement, queueing, records, takeover, units
 from .errors import invalid_input
 from .limits import Config, Limits, gpu_hold, resolve
 from .model import Allocation, Device, Grant, Inventory, Ledger, Refusal, Request, Ticket, Waiter
+
+if TYPE_CHECKING:
+    from .mig import Placed
 
 STOP_HINT = "Stop it with playbooks/container_stop.yml, or remove it with playbooks/container_remove.yml."
 STATES = ("allocated", "held", "active", "released")
@@ -64,8 +67,9 @@ class Change:
 class Outcome:
     """What became of one change. `ok` is False for a refusal; `before` is the former allocation.
 
-    `given_up` are holds that gave way. `waiter` is the entry in the queue of a request that waits from
-    now on (`joined`) or still does, at this `position` (1 is served next).
+    `given_up` are holds that gave way. `cuts` says how GPUs, by index, have to be cut before it is so.
+    `waiter` is the entry in the queue of a request that waits from now on (`joined`) or still does, at
+    this `position` (1 is served next).
     """
 
     name: names.ContainerName
@@ -78,6 +82,7 @@ class Outcome:
     available_at: datetime | None = None
     warnings: tuple[str, ...] = ()
     given_up: tuple[Allocation, ...] = ()
+    cuts: Mapping[int, Placed] = field(default_factory=dict)
     ticket: Ticket | None = None
     waiter: Waiter | None = None
     joined: bool = False
@@ -330,6 +335,7 @@ def _granted(
         before=current,
         warnings=_not_raised(change, limits),
         given_up=grant.given_up,
+        cuts=grant.cuts,
     )
 
 
