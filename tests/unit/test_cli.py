@@ -204,6 +204,19 @@ def test_config_check(limits: Host, capsys: pytest.CaptureFixture[str]) -> None:
     shipped = ROOT / "config" / "resource-limits.yaml"
     code, out, _ = run(capsys, "config", "check", str(shipped), "--json")
     assert (code, json.loads(out)["groups"]) == (0, ["student", "researcher"])
+    assert "all-balanced" in json.loads(out)["layouts"]
+
+
+def test_config_check_reads_the_layouts_beside_it(limits: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    beside = limits.config.parent / "mig-layouts.yaml"
+    beside.write_text("version: v1\nmig-configs: {off: [{devices: all, mig-enabled: false}]}\n", encoding="utf-8")
+    code, out, _ = run(capsys, "config", "check")
+    assert (code, out.splitlines()[1]) == (0, f"{beside}: valid (1 MIG layouts).")
+
+    beside.write_text("version: v1\nmig-configs: {on: [{devices: all, mig-enabled: true}]}\n", encoding="utf-8")
+    code, out, err = run(capsys, "config", "check")
+    assert (code, out) == (2, "")
+    assert f"config_invalid: {beside}: mig-configs.on.0: mig-devices is missing" in err
 
 
 def test_config_check_says_what_to_look_at_and_what_it_could_not_see(

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -145,17 +145,21 @@ def _cmd_events(args: argparse.Namespace, ds01: Allocations) -> int:
 
 
 def _cmd_config_check(args: argparse.Namespace, ds01: Allocations) -> int:
-    path = args.file or ds01.paths.config
-    checked = config.load(Path(path))
+    path = Path(args.file or ds01.paths.config)
+    checked = config.load(path)
     resolve_all(checked)
+    layouts_file = replace(ds01.paths, config=path).layouts
+    layouts = list(config.load_layouts(layouts_file)) if layouts_file.exists() else []
     inventory, not_checked = _this_server()
     findings = lint(checked, ds01.clock(), inventory, accounts.is_login_name if inventory else None)
     if args.json:
         counted = {"groups": list(checked.groups), "overrides": list(checked.overrides)}
         found = [asdict(finding) for finding in findings]
-        _print_json({"file": str(path), **counted, "findings": found, "not_checked": not_checked})
+        _print_json({"file": str(path), **counted, "layouts": layouts, "findings": found, "not_checked": not_checked})
     else:
         print(f"{path}: valid ({len(checked.groups)} groups, {len(checked.overrides)} user overrides).")
+        if layouts:
+            print(f"{layouts_file}: valid ({len(layouts)} MIG layouts).")
         for finding in findings:
             print(f"{finding.path}: {finding.message}")
         if not_checked:
@@ -213,7 +217,7 @@ def _cmd_mig_plan(args: argparse.Namespace, ds01: Allocations) -> int:
 
 
 def _cmd_mig_apply(args: argparse.Namespace, ds01: Allocations) -> int:
-    from . import mig_text, relayout
+    from . import relayout
 
     if args.dry_run:
         return _cmd_mig_plan(args, ds01)
@@ -221,7 +225,7 @@ def _cmd_mig_apply(args: argparse.Namespace, ds01: Allocations) -> int:
     if args.json:
         _print_json(planned.result())
     else:
-        print(mig_text.plan_text(planned))
+        print(planned.summary())
     return EXIT_OK
 
 
@@ -397,7 +401,7 @@ def _parser() -> argparse.ArgumentParser:
     check = add(
         "check",
         _cmd_config_check,
-        "Check the limits file, on a GPU server also against its devices and users.",
+        "Check the limits file, on a GPU server also against its devices and users, and the MIG layouts beside it.",
         "ds01 config check config/resource-limits.yaml",
         actions.add_subparsers(dest="action", required=True, metavar="ACTION"),
     )

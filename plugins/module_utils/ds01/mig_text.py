@@ -94,20 +94,51 @@ def _plan_lines(gpu: GpuState, plan: Plan) -> Iterator[str]:
         yield f"GPU {gpu.index}  {gpu.name}: as wanted, nothing to do"
         return
     yield f"GPU {gpu.index}  {gpu.name}"
-    yield from _titled("now", gpu, [_block(i) for i in gpu.instances] if gpu.mig else None)
-    off = any(step.action == mig.DISABLE for step in plan.steps)
-    yield from _titled("then", gpu, None if off else list(_after(gpu, plan)))
+    yield from _titled("now", _map(gpu, _now(gpu)))
+    yield from _titled("then", _map(gpu, _then(gpu, plan)))
     yield from (f"{_MARGIN}{_SIGNS[step.action]} {_step(step)}" for step in plan.changes)
     yield from (
         f"{_MARGIN}! this takes {i.profile} at {_slices(*i.placement)} from {h}" for i in plan.broken for h in i.holders
     )
 
 
-def _titled(title: str, gpu: GpuState, blocks: Sequence[Block] | None) -> Iterator[str]:
-    """A map with its title before the first line; None: a whole GPU."""
-    lines = ["MIG off: a whole GPU"] if blocks is None else slotmap.draw(gpu.table.width, blocks)
+def difference(planned: Planned) -> list[dict[str, str]]:
+    """Of every GPU that changes its slices before and after with who has them, as Ansible shows differences;
+    last what else is put right."""
+    by_index = {gpu.index: gpu for gpu in planned.host.gpus}
+    found = [_difference(by_index[plan.gpu], plan) for plan in planned.plans if plan.changes]
+    if planned.repairs:
+        found.append(_as_difference("put right", "".join(f"{repair}\n" for repair in planned.repairs), ""))
+    return found
+
+
+def _difference(gpu: GpuState, plan: Plan) -> dict[str, str]:
+    before, after = ("\n".join(_map(gpu, blocks)) + "\n" for blocks in (_now(gpu), _then(gpu, plan)))
+    return _as_difference(f"GPU {gpu.index}  {gpu.name}", before, after)
+
+
+def _as_difference(title: str, before: str, after: str) -> dict[str, str]:
+    return {"before_header": title, "after_header": title, "before": before, "after": after}
+
+
+def _map(gpu: GpuState, blocks: Sequence[Block] | None) -> list[str]:
+    """None: a whole GPU."""
+    return ["MIG off: a whole GPU"] if blocks is None else slotmap.draw(gpu.table.width, blocks)
+
+
+def _titled(title: str, lines: Sequence[str]) -> Iterator[str]:
+    """The title before the first line."""
     for number, line in enumerate(lines):
         yield f"{_MARGIN}{title if number == 0 else '':<5} {line}"
+
+
+def _now(gpu: GpuState) -> list[Block] | None:
+    return [_block(i) for i in gpu.instances] if gpu.mig else None
+
+
+def _then(gpu: GpuState, plan: Plan) -> list[Block] | None:
+    off = any(step.action == mig.DISABLE for step in plan.steps)
+    return None if off else list(_after(gpu, plan))
 
 
 def _block(instance: Instance) -> Block:

@@ -204,7 +204,12 @@ class Planned:
 
     @property
     def changed(self) -> bool:
-        return any(p.changes for p in self.plans) or bool(self.repairs)
+        return self.recuts or bool(self.repairs)
+
+    @property
+    def recuts(self) -> bool:
+        """Whether a layout changes."""
+        return any(p.changes for p in self.plans)
 
     @property
     def released(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from . import files, services
+from . import files, processes, services
 from .errors import Ds01Error
 
 
@@ -26,7 +26,8 @@ def paused(units: Sequence[str], note: Path, say: Callable[[str], None]) -> Iter
         return
     try:
         files.make_directory(note.parent, 0o750)
-        files.replace(note, json.dumps(list(units)).encode(), 0o640, durable=True)
+        content = {"boot_id": processes.boot_id(), "units": list(units)}
+        files.replace(note, json.dumps(content).encode(), 0o640, durable=True)
     except OSError as exc:
         raise Ds01Error(
             "permission_denied", f"{note} cannot be written: {exc.strerror}.", "Run as root; nothing was stopped."
@@ -41,10 +42,11 @@ def paused(units: Sequence[str], note: Path, say: Callable[[str], None]) -> Iter
 
 
 def resume(note: Path, say: Callable[[str], None]) -> None:
-    """Start what is still noted as stopped."""
+    """Start what is still noted as stopped. After a reboot that is systemd's own business."""
     try:
-        units = json.loads(note.read_bytes())
-    except (OSError, ValueError):
+        noted = json.loads(note.read_bytes())
+        units = noted["units"] if noted["boot_id"] == processes.boot_id() else []
+    except (OSError, ValueError, KeyError, TypeError):
         return
     for unit in reversed(units):
         say(f"start {unit}")

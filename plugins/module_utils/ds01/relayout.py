@@ -56,7 +56,7 @@ def apply(ds01: Allocations, wanted: Wanted, force: Collection[str] = (), say: S
         planned = _foresee(ds01, driver, first, wanted, force)
         if not planned.changed:
             return planned
-        if _has_toolkit():
+        if _has_toolkit() and planned.recuts:
             toolkit.check()
         with pausing.paused(planned.services, ds01.paths.paused_services, say), ds01.store.transaction() as transaction:
             if transaction.ledger != first:
@@ -99,7 +99,7 @@ def _repairs(ds01: Allocations, ledger: Ledger, planned: Planned) -> tuple[str, 
     found = []
     problem = _spec_problem(ds01, inventory) if _has_toolkit() else None
     if problem:
-        found.append(problem)
+        found.append(problem.rstrip("."))
     now = resolved(ledger, inventory)
     if now != ledger:
         found.append("the ledger's devices have other names now")
@@ -118,12 +118,9 @@ def _spec_problem(ds01: Allocations, inventory: Inventory) -> str | None:
     if not uuids:
         return None
     lost = any(gpu.health == "lost" for gpu in inventory.gpus)  # what it had is not known
-    stale = (
-        not lost
-        and spec is not None
-        and any(str(d.get("name")).startswith("MIG-") and d.get("name") not in uuids for d in spec["devices"])
-    )
-    return "NVIDIA's CDI spec has MIG devices that are gone" if stale else ds01.cdi.problem(uuids, spec)
+    described = {str(device.get("name")) for device in spec["devices"]} if spec and not lost else set()
+    stale = [name for name in described.difference(uuids) if name.startswith(("GPU-", "MIG-"))]
+    return "NVIDIA's CDI spec has devices that are gone." if stale else ds01.cdi.problem(uuids, spec)
 
 
 def _has_toolkit() -> bool:
@@ -154,10 +151,8 @@ def cut(
             _settle(ds01, driver, transaction, before, broken)
         _record_refusal(ds01, planned, exc)
         raise _with_clients(exc, planned.host) from None
-    changed = [gpus[index].uuid for index in planned.cuts]
-    inventory = _settle(ds01, driver, transaction, before, broken, changed)
     _record(ds01, planned, before)
-    return inventory
+    return _settle(ds01, driver, transaction, before, broken, [gpus[index].uuid for index in planned.cuts])
 
 
 def _carry_out(cutter: Cutter, driver: nvml.Nvml, planned: Planned) -> None:
@@ -167,7 +162,7 @@ def _carry_out(cutter: Cutter, driver: nvml.Nvml, planned: Planned) -> None:
         cutter.carry_out(gpus[step.gpu], step)
     if planned.switched:  # a GPU tells where its profiles may be only once its mode is on: from here on that counts
         switched = {gpu.index: planned.cuts[gpu.index] for gpu in planned.switched}
-        gpus |= {gpu.index: gpu for gpu in driver.layout(driver.inventory())}
+        gpus |= {gpu.index: gpu for gpu in driver.layout(driver.inventory()) if gpu.index in switched}
         plans = (*(p for p in plans if p.gpu not in switched), *_plans(gpus.values(), switched))
     for step in (s for p in plans for s in p.changes if s.action == mig.CREATE):
         cutter.carry_out(gpus[step.gpu], step)
@@ -208,7 +203,7 @@ def _settle(
     from now on.
     """
     inventory = driver.inventory()
-    if _has_toolkit():
+    if _has_toolkit() and _spec_problem(ds01, inventory):
         toolkit.refresh(ds01.cdi.nvidia_targets())
     if transaction:
         final = resolved(before, inventory)
@@ -325,7 +320,6 @@ def restore(ds01: Allocations, say: Say = _silent) -> Restored:
     GPU: one that cannot be cut again keeps no other from it, and is offered to nobody. Raises Ds01Error
     where there is no driver, or no lock.
     """
-    pausing.resume(ds01.paths.paused_services, say)
     with nvml.session() as driver, ds01.store.locked():
         ledger, unreadable = _readable(ds01)
         host, plans, problems = _foresee_restore(ds01, driver, ledger, unreadable)

@@ -89,11 +89,11 @@ class SavedLayoutStore:
 
 
 def _to_json(saved: SavedLayout) -> bytes:
-    gpus = {
-        uuid: {"boot_id": gpu.boot_id, "mig": gpu.layout.enabled, "instances": [list(i) for i in gpu.layout.instances]}
-        for uuid, gpu in saved.gpus.items()
-    }
-    return (json.dumps({"version": 1, "gpus": gpus}, indent=1) + "\n").encode()
+    lines = []
+    for uuid, gpu in saved.gpus.items():
+        record = {"boot_id": gpu.boot_id, "mig": gpu.layout.enabled, "instances": gpu.layout.instances}
+        lines.append(f"  {json.dumps(uuid)}: {json.dumps(record)}")
+    return ('{"version": 1,\n "gpus": {\n' + ",\n".join(lines) + "\n }}\n").encode()
 
 
 def _outdated(document: Mapping[str, Any], boot_id: str) -> frozenset[str]:

@@ -1,0 +1,259 @@
+"""What the driver refuses while a layout is changed: a clear sentence, and everything as it was before."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import pytest
+from ds01 import nvml
+from sim_server import Server, Start, edit, needs_sim, start  # noqa: F401 - start is a fixture
+
+pytestmark = needs_sim
+
+CREATE, GI_DESTROY, CI_DESTROY, CI_CREATE, MODE = (
+    "nvmlDeviceCreateGpuInstanceWithPlacement",
+    "nvmlGpuInstanceDestroy",
+    "nvmlComputeInstanceDestroy",
+    "nvmlGpuInstanceCreateComputeInstance",
+    "nvmlDeviceSetMigMode",
+)
+
+Happens = Callable[[Server], None]
+
+
+def nothing(_server: Server) -> None:
+    """What a case does that has nothing to take back."""
+
+
+def sim(*changes: str) -> Happens:
+    return lambda server: server.simulate(*changes)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A change that goes wrong: what happens before which call, and what is said then.
+
+    `stays` is how the machine is cut afterwards; None: as before.
+    """
+
+    cut: Mapping[str, str]
+    wanted: Mapping[str, str]
+    call: str
+    happens: Happens
+    reason: str
+    says: tuple[str, ...]
+    number: int = 1
+    gpus: str = "2xA100-SXM4-80GB"
+    stays: tuple[str, ...] | None = None
+    reverts: Happens = nothing
+    """What takes it back, so that the same change succeeds."""
+
+
+def somebody(gpu: int, profile: str, start: int, compute: bool = True) -> Happens:  # noqa: F811
+    return lambda server: server.somebody_cuts(gpu, profile, start, compute)
+
+
+def hold_emptied(server: Server) -> None:
+    """A client holds the GPU instance that has no compute instance any more."""
+    with edit(server.state) as machine:
+        inside = {(ci["gpu"], ci["gi"]) for ci in machine.records["ci"]}
+        for gi in machine.records["gi"]:
+            if (gi["gpu"], gi["id"]) not in inside:
+                gi["busy"] = "1"
+
+
+def free_all(server: Server) -> None:
+    """Whoever held something lets it go."""
+    with edit(server.state) as machine:
+        for kind in ("gpu", "gi", "ci"):
+            for record in machine.records[kind]:
+                record["busy"] = "0"
+
+
+# 2g at 0, 1g at 2 and 3, 3g at 4; and from that half of it. alice has the 2g, bob holds the 1g at 2.
+FULL = {"g0": "2g.20gb,1g.10gb,1g.10gb,3g.40gb"}
+HALF = {"g0": "2g.20gb,1g.10gb,1g.10gb"}
+ANEW = {"g0": "2g.20gb,1g.10gb,1g.10gb,2g.20gb,1g.10gb+me"}
+
+CASES: dict[str, Case] = {
+    "the place is taken, first": Case(
+        HALF,
+        ANEW,
+        CREATE,
+        somebody(0, "1g.10gb", 4),
+        "layout_impossible",
+        ("GPU 0", "2g.20gb at 4", "no room", "somebody else"),
+        stays=("2g.20gb@0 1g.10gb@2 1g.10gb@3 1g.10gb@4", "off"),
+    ),
+    "the place is taken, after one was made": Case(
+        HALF,
+        ANEW,
+        CREATE,
+        somebody(0, "1g.10gb", 6),
+        "layout_impossible",
+        ("GPU 0", "1g.10gb+me at 6", "no room"),
+        number=2,
+        stays=("2g.20gb@0 1g.10gb@2 1g.10gb@3 1g.10gb@6", "off"),
+    ),
+    "the media engines are taken": Case(
+        HALF,
+        ANEW,
+        CREATE,
+        somebody(0, "1g.10gb+me", 6, compute=False),
+        "layout_impossible",
+        ("GPU 0", "1g.10gb+me at", "no room"),
+        number=2,
+        # a GPU instance without a compute instance is cleaned up by the next run, not by an undo
+        stays=("2g.20gb@0 1g.10gb@2 1g.10gb@3 1g.10gb+me@6?", "off"),
+    ),
+    "somebody made the only one with the media engines, elsewhere": Case(
+        {"g0": "2g.20gb,1g.10gb"},
+        {"g0": "2g.20gb,1g.10gb,1g.10gb+me"},
+        CREATE,
+        somebody(0, "1g.10gb+me", 5),
+        "layout_impossible",
+        ("GPU 0", "1g.10gb+me at", "no room"),
+        stays=("2g.20gb@0 1g.10gb@2 1g.10gb+me@5", "off"),
+    ),
+    "a client comes before the compute instance goes": Case(
+        FULL,
+        ANEW,
+        CI_DESTROY,
+        sim("process=0.0:1"),
+        "layout_in_use",
+        ("GPU 0", "remove 3g.40gb at 4", "another client uses it"),
+        reverts=sim("exit=0:1"),
+    ),
+    "a client that is no process": Case(
+        FULL, ANEW, CI_DESTROY, sim("busy=0:0"), "layout_in_use", ("GPU 0", "3g.40gb at 4"), reverts=free_all
+    ),
+    "a client comes after others are gone": Case(
+        {"g0": "2g.20gb,1g.10gb,1g.10gb,1g.10gb,1g.10gb,1g.10gb"},
+        {"g0": "2g.20gb,1g.10gb,1g.10gb,2g.20gb"},
+        CI_DESTROY,
+        sim("busy=0:4"),
+        "layout_in_use",
+        ("GPU 0", "remove 1g.10gb at"),
+        number=2,
+        reverts=free_all,
+    ),
+    "a client holds the emptied GPU instance": Case(
+        FULL, ANEW, GI_DESTROY, hold_emptied, "layout_in_use", ("GPU 0", "3g.40gb at 4"), reverts=free_all
+    ),
+    "somebody makes a compute instance in the emptied one": Case(
+        FULL,
+        ANEW,
+        GI_DESTROY,
+        lambda server: server.somebody_completes(0),
+        "layout_in_use",
+        ("GPU 0", "3g.40gb at 4"),
+    ),
+    "the GPU is used when its mode is to change (Ampere)": Case(
+        FULL, {"g1": "2g.20gb"}, MODE, sim("busy=1"), "layout_in_use", ("GPU 1", "MIG on"), reverts=free_all
+    ),
+    "the GPU is used when its mode is to change (Hopper)": Case(
+        {"g0": "2g.20gb,1g.10gb,1g.10gb"},
+        {"g1": "2g.20gb"},
+        MODE,
+        sim("busy=1"),
+        "layout_in_use",
+        ("GPU 1", "MIG on"),
+        gpus="2xH100-SXM5-80GB",
+        reverts=free_all,
+    ),
+    "a virtual machine's GPU waits for a reset": Case(
+        FULL,
+        {"g1": "2g.20gb"},
+        MODE,
+        sim("passthrough=1"),
+        "mode_pending",
+        ("MIG mode of GPU 1", "after its next reset", "Reboot"),
+        reverts=sim("reset=1"),
+    ),
+    "the GPU is used when MIG is to go off": Case(
+        {**FULL, "g1": "1g.10gb"},
+        {"g1": "full"},
+        MODE,
+        sim("busy=1"),
+        "layout_in_use",
+        ("GPU 1", "MIG off"),
+        reverts=free_all,
+    ),
+    "the second GPU refuses: the first is as before": Case(
+        {**FULL, "g1": "2g.20gb,1g.10gb"},
+        {**ANEW, "g1": "3g.40gb,2g.20gb,2g.20gb"},
+        CREATE,
+        somebody(1, "1g.10gb", 6),
+        "layout_impossible",
+        ("GPU 1", "no room"),
+        number=3,
+        stays=("2g.20gb@0 1g.10gb@2 1g.10gb@3 3g.40gb@4", "2g.20gb@0 1g.10gb@2 1g.10gb@6"),
+    ),
+}
+
+
+def prepared(start: Start, case: Case) -> Server:  # noqa: F811
+    server = start(case.gpus, **case.cut)
+    for container, profile in (("p._.alice", "2g.20gb"), ("q._.bob", "1g.10gb")):
+        assert server.allocate(container, profile).reason == "granted"
+    server.report("active", "p._.alice")
+    server.report("held", "q._.bob")
+    server.check_all_done()
+    return server
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_refusal_leaves_everything_as_it_was(case: Case, start: Start) -> None:  # noqa: F811
+    server = prepared(start, case)
+    cuts, ledger, written, old = server.cuts(), server.ledger(), server.written(), server.devices()
+    server.foresee(**case.wanted)  # there is a plan
+    server.calls.clear()
+    server.calls.before(case.call, lambda: case.happens(server), case.number)
+
+    refusal = server.refused(**case.wanted)
+    assert refusal.reason == case.reason, refusal
+    for words in case.says:
+        assert words in str(refusal)
+    assert refusal.hint, "what would help"
+
+    assert tuple(server.cuts()) == (case.stays or tuple(cuts))
+    assert (server.ledger(), server.projected()) == (ledger, ledger)
+    server.check_nothing_false()
+    if case.stays is None and server.devices() == old:
+        assert server.written() == written, "nothing changed, so nothing is to be written"
+    if case.stays is None:
+        server.check_all_done()
+
+    server.calls.clear()
+    case.reverts(server)
+    if case.stays is None:
+        assert server.apply(**case.wanted).changed
+        server.check_all_done()
+        assert server.ledger() == ledger, "whoever was not in the way keeps his device, and its name"
+
+
+@pytest.mark.parametrize(("gpus", "wanted"), [("A100-SXM4-80GB", {"g0": "2g.20gb"}), ("H100-SXM5-80GB", {"g0": ""})])
+def test_whoever_has_the_gpu_open_is_named(gpus: str, wanted: Mapping[str, str], start: Start) -> None:  # noqa: F811
+    """One that comes between the plan and the switch of the mode: no process of NVML's lists, but of the host."""
+    server = start(gpus)
+    with contextlib.ExitStack() as stack:
+        pids = []
+
+        def come() -> None:
+            pids.append(stack.enter_context(server.somebody_opens(0)))
+            server.simulate("busy=0")
+
+        server.calls.before(MODE, come)
+        refusal = server.refused(**wanted)
+        assert refusal.reason == "layout_in_use"
+        assert f"process {pids[0]} (sleep of root" in str(refusal)
+    assert server.cuts() == ["off"]
+    with nvml.session() as driver:
+        [gpu] = driver.layout(driver.inventory())
+    assert not gpu.mode_pending, "the wish was taken back"
+    server.calls.clear()
+    free_all(server)
+    assert server.apply(**wanted).changed
+    server.check_all_done()
