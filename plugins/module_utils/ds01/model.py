@@ -48,6 +48,11 @@ class Device:
     def is_full(self) -> bool:
         return self.profile == FULL
 
+    @property
+    def is_new(self) -> bool:
+        """Whether it is yet to be cut."""
+        return self.id.endswith(f":{NEW}")
+
 
 @dataclass(frozen=True)
 class Gpu:

@@ -92,6 +92,11 @@ class Outcome:
     def changed(self) -> bool:
         return self.allocation != self.before
 
+    @property
+    def is_uncut(self) -> bool:
+        """Whether a device of the allocation is yet to be cut."""
+        return self.allocation is not None and any(d.is_new for d in self.allocation.devices)
+
     def result(self) -> dict[str, Any]:
         """The outcome as JSON (`--json`, module results)."""
         return {
@@ -322,8 +327,8 @@ def _granted(
         allocated_at=situation.now,
         pending_since=situation.now,
     )
-    what = ", ".join(f"{d.id} ({d.profile})" for d in allocation.devices)
-    message = f"Allocated {what} to {allocation.container}{because}."
+    message = f"Allocated {_listed(allocation)} to {allocation.container}{because}."
+    message += "".join(f" GPU {index} is cut for it: {layout}." for index, layout in sorted(grant.cuts.items()))
     if grant.given_up:
         gone = ", ".join(f"{a.container} ({a.gpu_id}, priority {a.priority})" for a in grant.given_up)
         message += f" Gave up for it: the hold of {gone}."
@@ -337,6 +342,25 @@ def _granted(
         given_up=grant.given_up,
         cuts=grant.cuts,
     )
+
+
+def _listed(allocation: Allocation) -> str:
+    return ", ".join(f"{d.id} ({d.profile})" for d in allocation.devices)
+
+
+def bound(outcome: Outcome, inventory: Inventory) -> Outcome:
+    """The outcome once GPUs were cut: with the devices that are in its devices' places, as they are called now."""
+    allocation, before = _located(outcome.allocation, inventory), _located(outcome.before, inventory)
+    message = outcome.message
+    if outcome.allocation and allocation:
+        message = message.replace(_listed(outcome.allocation), _listed(allocation), 1)
+    return replace(outcome, allocation=allocation, before=before, message=message, cuts={})
+
+
+def _located(allocation: Allocation | None, inventory: Inventory) -> Allocation | None:
+    if allocation is None:
+        return None
+    return replace(allocation, devices=tuple(inventory.locate(d) or d for d in allocation.devices))
 
 
 def _not_raised(change: Change, limits: Limits) -> tuple[str, ...]:
