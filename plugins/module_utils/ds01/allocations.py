@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import (
     accounts,
@@ -37,7 +37,10 @@ from .model import Allocation, Inventory, Ledger, Refusal
 from .observation import Observation, Observer
 from .paths import Paths
 from .saved_layout import SavedLayoutStore
-from .transitions import Change, Outcome, after, decide, device_problem, hold_end, refused, resolved
+from .transitions import Change, Outcome, after, bound, decide, device_problem, hold_end, refused, resolved
+
+if TYPE_CHECKING:
+    from .mig import GpuState, Placed
 
 _EVENTS = {"granted": "gpu.allocated", "held": "gpu.held", "released": "gpu.released", "expired": "gpu.released"}
 
@@ -64,7 +67,8 @@ class _Sources:
 class _Plan:
     """A batch decided: what becomes of each change and of what was due anyway, and the ledger after it.
 
-    `rebooted` says that the ledger is of an earlier boot: nothing of it is projected yet.
+    `rebooted` says that the ledger is of an earlier boot: nothing of it is projected yet. The ledger is
+    without what GPUs have to be cut for first, as `cuts` says, by index.
     """
 
     outcomes: Sequence[Outcome]
@@ -73,6 +77,7 @@ class _Plan:
     spec: Mapping[str, Any] | None
     now: datetime
     rebooted: bool
+    cuts: Mapping[int, Placed] = field(default_factory=dict)
 
 
 class Allocations:
@@ -171,11 +176,48 @@ class Allocations:
             plan = self._plan(changes, transaction.ledger, seen, sources)
             if sources.driver and not sources.driver.has(_granted(plan)):
                 raise _OutdatedError("GPUs were cut")  # of what nobody had, which shows in no ledger
-            moved = _moved(transaction.ledger, plan.ledger)
-            stopped = set(moved) - seen.running
-            project = (a for a in _to_project(plan, transaction.ledger) if all_there(a, seen.inventory))
-            self.carry_out(transaction, plan.ledger, plan.now, moved, project, plan.spec, stopped)
+            self._write(transaction, plan, seen)
+            if plan.cuts and sources.driver:
+                plan = self._with_cuts(transaction, plan, seen, sources.driver)
         return plan
+
+    def _write(self, transaction: Transaction, plan: _Plan, seen: Observation) -> None:
+        """The plan's ledger, and the CDI devices that follow from it. Raises as `carry_out` does."""
+        moved = _moved(transaction.ledger, plan.ledger)
+        stopped = set(moved) - seen.running
+        project = (a for a in _to_project(plan, transaction.ledger) if all_there(a, seen.inventory))
+        self.carry_out(transaction, plan.ledger, plan.now, moved, project, plan.spec, stopped)
+
+    def _with_cuts(self, transaction: Transaction, plan: _Plan, seen: Observation, driver: nvml.Nvml) -> _Plan:
+        """The plan once GPUs are cut for it, under the same lock. Where that fails, those for whom it was are
+        refused for that reason; what the others got stays."""
+        from . import relayout  # a host whose GPUs stay as they are does without
+
+        try:
+            inventory = relayout.cut_on_demand(self, driver, transaction, seen, plan.cuts)
+            done = self._bound(plan, transaction.ledger, replace(seen, inventory=inventory))
+            self._write(transaction, done, replace(seen, inventory=inventory))
+        except Ds01Error as exc:
+            return replace(plan, outcomes=[_not_cut(o, exc) if o.is_uncut else o for o in plan.outcomes])
+        return done
+
+    def _bound(self, plan: _Plan, now: Ledger, seen: Observation) -> _Plan:
+        """The plan with the devices that were cut for it. Raises Ds01Error where one is not there."""
+        spec = self.cdi.nvidia_spec()
+        outcomes = []
+        for planned in plan.outcomes:
+            outcome = bound(planned, seen.inventory)
+            if outcome.is_uncut:
+                message = f"What was cut for {outcome.name.full} is not there any more."
+                raise Ds01Error(
+                    "layout_impossible", message, "Somebody else cuts this GPU at the same time. Try again."
+                )
+            if planned.is_uncut:
+                outcome = self._projectable(outcome, spec)
+                now = after(now, outcome)
+            outcomes.append(outcome)
+        final = replace(now, boot_id=processes.boot_id(), engine_id=seen.engine_id or now.engine_id)
+        return replace(plan, outcomes=outcomes, ledger=final, spec=spec, rebooted=False, cuts={})
 
     def carry_out(
         self,
@@ -376,6 +418,23 @@ class Allocations:
         return self.look(now, sources.driver, {change.name.full for change in changes if change.state == "held"})
 
     def _plan(self, changes: Sequence[Change], before: Ledger, seen: Observation, sources: _Sources) -> _Plan:
+        """The decisions; where the limits file says so, with GPUs cut for requests that nothing else serves."""
+        plan = self._decided(changes, before, seen, sources)
+        if self.config.gpu.mig_strategy != "dynamic" or not sources.driver or not _may_need_cuts(plan, before):
+            return plan
+        from . import on_demand  # a host whose GPUs stay as they are does without
+
+        gpus = [gpu for gpu in sources.driver.layout(seen.inventory) if on_demand.is_open(gpu)]
+        return self._decided(changes, before, seen, sources, gpus)
+
+    def _decided(
+        self,
+        changes: Sequence[Change],
+        before: Ledger,
+        seen: Observation,
+        sources: _Sources,
+        cuttable: Sequence[GpuState] = (),
+    ) -> _Plan:
         """Fold the decisions over the ledger, each device of it named as it is called now."""
         time, boot = self.clock(), processes.boot_id()
         now = resolved(before, seen.inventory)
@@ -385,7 +444,7 @@ class Allocations:
         situation = self.situation(now, seen, time)
         # Those who are gone leave the ledger too: whoever waits again for the same container stands anew.
         waiting = situation.queue
-        situation = replace(situation, ledger=replace(now, queue=waiting))
+        situation = replace(situation, ledger=replace(now, queue=waiting), cuttable=cuttable)
         outcomes = []
         for change in changes:
             others = other_containers(change.name, seen.containers, situation.ledger)
@@ -393,7 +452,7 @@ class Allocations:
             outcome = self._projectable(outcome, sources.spec)
             situation = _followed(situation, outcome)
             outcomes.append(outcome)
-        final = situation.ledger
+        final = _without_uncut(situation.ledger, outcomes)
         # Only what was looked up in this boot may be projected in it.
         rebooted = bool(sources.driver and before.allocations) and before.boot_id != boot
         same = (final.allocations, final.queue) == (before.allocations, waiting)
@@ -403,7 +462,8 @@ class Allocations:
             final = replace(final, boot_id=boot)
         if _differs(final, before):
             final = replace(final, engine_id=seen.engine_id or before.engine_id)
-        return _Plan(outcomes, due, final, sources.spec, time, rebooted)
+        cuts = {index: layout for outcome in outcomes for index, layout in outcome.cuts.items()}
+        return _Plan(outcomes, due, final, sources.spec, time, rebooted, cuts)
 
     def _due(self, now: Ledger, changes: Sequence[Change], seen: Observation, time: datetime) -> list[Outcome]:
         """What is over or was seen to have changed; whoever asks again keeps his."""
@@ -412,7 +472,7 @@ class Allocations:
 
     def _projectable(self, outcome: Outcome, spec: Mapping[str, Any] | None) -> Outcome:
         """A grant that NVIDIA's CDI spec cannot carry would never start: refuse it instead."""
-        if not _granting(outcome) or outcome.allocation is None:
+        if not _granting(outcome) or outcome.allocation is None or outcome.is_uncut:
             return outcome
         if spec is None and engine.disabled():
             return replace(outcome, warnings=("No NVIDIA CDI spec on this host: no CDI device was written.",))
@@ -459,8 +519,36 @@ def _moved(before: Ledger, after_: Ledger) -> list[str]:
     return sorted(name for name in had if has.get(name) != had[name])
 
 
+def _may_need_cuts(plan: _Plan, before: Ledger) -> bool:
+    """Whether it could be otherwise on a host that cuts GPUs on demand. Those who wait may wait for a cut."""
+    reasons = (*placement.NONE_FREE, "profile_not_available")
+    unserved = any(o.given_up or (not o.ok and o.reason in reasons) for o in plan.outcomes)
+    return unserved or bool(before.queue)
+
+
+def _without_uncut(now: Ledger, outcomes: Sequence[Outcome]) -> Ledger:
+    """The ledger as long as nothing is cut."""
+    before: dict[str, Allocation | None] = {}
+    for outcome in outcomes:
+        if outcome.is_uncut:
+            before.setdefault(outcome.name.full, outcome.before)
+    for container, allocation in before.items():
+        now = now.with_allocation(allocation) if allocation else now.without(container)
+    return now
+
+
+def _not_cut(outcome: Outcome, exc: Ds01Error) -> Outcome:
+    """The refusal of a request for which no GPU could be cut."""
+    message = f"No device could be cut for {outcome.name.full}: {exc.message}"
+    return refused(outcome.name, Refusal(exc.reason, message, exc.hint), outcome.before)
+
+
 def _followed(situation: placement.Situation, outcome: Outcome) -> placement.Situation:
     """The situation once the outcome is carried out."""
+    if outcome.cuts:
+        from . import on_demand
+
+        situation = on_demand.imagined(situation, outcome.cuts)
     now = after(situation.ledger, outcome)
     return situation if now is situation.ledger else replace(situation, ledger=now, queue=now.queue)
 
@@ -480,7 +568,9 @@ def _needs_engine(changes: Sequence[Change]) -> bool:
 
 def _granted(plan: _Plan) -> list[str]:
     """The UUIDs of the devices that somebody gets by this."""
-    granted = [o.allocation for o in plan.outcomes if o.ok and o.reason == "granted" and o.allocation]
+    granted = [
+        o.allocation for o in plan.outcomes if o.ok and o.reason == "granted" and not o.is_uncut and o.allocation
+    ]
     return [device.uuid for allocation in granted for device in allocation.devices]
 
 
