@@ -110,7 +110,7 @@ def _repairs(ds01: Allocations, ledger: Ledger, planned: Planned) -> tuple[str, 
     now = resolved(ledger, inventory)
     if now != ledger:
         found.append("the ledger's devices have other names now")
-    if _has_toolkit() and not problem and ds01.misprojected(now, inventory):
+    if _has_toolkit() and not problem and ds01.misprojected(now, inventory, ds01.cdi.nvidia_spec()):
         found.append("CDI devices of containers are not what the ledger says")
     saved, same = ds01.saved_layout.read(), {plan.gpu for plan in planned.plans if not plan.changes}
     if _noted(saved, (gpu for gpu in planned.host.gpus if gpu.index in same)) != saved:
