@@ -41,13 +41,14 @@ def _claim(
         user=container.user,
         devices=devices_in_use(container, metadata, projected),
         priority=priority_of(container.user),
-        created_at=_created(container) or now,
+        created_at=created_at(container) or now,
         stopped_at=(container.finished_at or now) if stopped else None,
         pending_since=None if stopped or container.status in engine.RUNNING else now,
     )
 
 
-def _created(container: engine.Container) -> datetime | None:
+def created_at(container: engine.Container) -> datetime | None:
+    """When DS01 made the container, as its label says."""
     try:
         return units.parse_time(container.labels["ds01.created_at"])
     except (KeyError, ValueError, OverflowError):

@@ -194,6 +194,21 @@ def _cmd_rebuild(args: argparse.Namespace, ds01: Allocations) -> int:
     return EXIT_OK
 
 
+def _cmd_reconcile(args: argparse.Namespace, ds01: Allocations) -> int:
+    from . import reconcile
+
+    found = reconcile.foresee(ds01) if args.dry_run else reconcile.reconcile(ds01)
+    if args.json:
+        _print_json(found.result())
+    else:
+        for action in found.actions:
+            print(action.message)
+        print(found.summary())
+    for problem in found.problems:
+        _complain(problem["reason"], f"{problem['stage']}: {problem['msg']}")
+    return max((exit_code(problem["reason"]) for problem in found.problems), default=EXIT_OK)
+
+
 def _cmd_mig_list(args: argparse.Namespace, ds01: Allocations) -> int:
     from . import mig_text, partitions
 
@@ -372,6 +387,14 @@ def _parser() -> argparse.ArgumentParser:
 
     again = add("rebuild", _cmd_rebuild, "Restore a lost ledger from the containers.", "ds01 rebuild --dry-run")
     again.add_argument("--dry-run", action="store_true", help="only say what would be restored")
+
+    again = add(
+        "reconcile",
+        _cmd_reconcile,
+        "Bring this server back to its own rules: what is over is taken back, what was tampered with is put right.",
+        "ds01 reconcile --dry-run",
+    )
+    again.add_argument("--dry-run", action="store_true", help="only say what would be done: a report of drift")
 
     restore = add(
         "restore",

@@ -15,6 +15,9 @@ from . import units
 from .limits import Config, resolve
 from .transitions import Outcome
 
+REPORTS = ("unmanaged.seen",)
+"""Kinds of actions that only tell."""
+
 _KINDS = {"held": "gpu.held", "active": "gpu.active", "expired": "gpu.released"}
 
 
@@ -45,6 +48,7 @@ class Box:
 
     name: str
     user: str
+    id: str
     status: str
     created_at: datetime | None = None
     finished_at: datetime | None = None
@@ -65,7 +69,8 @@ def overdue(boxes: Iterable[Box], config: Config, now: datetime) -> Iterator[Act
     for box in boxes:
         why = _over(box, config, now)
         if why:
-            yield Action("container.removed", box.name, f"{box.name} is removed: {why}.", box.user)
+            details = {"container_id": box.id}
+            yield Action("container.removed", box.name, f"{box.name} is removed: {why}.", box.user, details)
 
 
 def may_be_overdue(box: Box, config: Config, now: datetime) -> bool:

@@ -179,6 +179,11 @@ class Engine:
         with contextlib.suppress(_NotFoundError), _errors(f"remove {name}"):
             self._client.remove_container(name, force=True)
 
+    def discard(self, container_id: str) -> None:
+        """Remove one that does not run; of one that does the engine refuses it (Ds01Error `engine_error`)."""
+        with contextlib.suppress(_NotFoundError), _errors(f"remove {container_id}"):
+            self._client.remove_container(container_id)
+
     def read_file(self, name: str, path: str) -> bytes | None:
         """A file inside a container, running or not; None when there is none."""
         for _ in range(2):

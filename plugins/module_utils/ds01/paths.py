@@ -48,6 +48,11 @@ class Paths:
         return self.state / "mig-services.json"
 
     @property
+    def memory(self) -> Path:
+        """What one reconcile run leaves for the next."""
+        return self.state / "reconcile.json"
+
+    @property
     def metadata(self) -> Path:
         return self.state / "container-metadata"
 

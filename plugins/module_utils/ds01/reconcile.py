@@ -1,0 +1,158 @@
+"""The verb that brings a server back to its own rules: reconcile, as often as one likes.
+
+One stage after the other, each from a look of its own, for what one does the next must see. A stage that
+cannot do its work says why, and the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from . import claims, drift, engine, exclusion, memory, processes, watchdog
+from .allocations import Allocations, Settled
+from .containers import Containers
+from .drift import Action, Box
+from .errors import Ds01Error
+from .memory import Memory
+
+DEADLINE = 300.0
+"""Seconds. A driver that hangs answers no call, and lets none be given up: then the process ends."""
+
+_LOCK_WAIT = 0.0
+"""Seconds: a second run does not wait for the first, which does its work."""
+
+
+@dataclass(frozen=True)
+class Reconciled:
+    """What was done, in order, and what could not be: a sentence each, with its reason code."""
+
+    actions: tuple[Action, ...] = ()
+    problems: tuple[Mapping[str, str], ...] = ()
+
+    @property
+    def changed(self) -> bool:
+        return any(action.kind not in drift.REPORTS for action in self.actions)
+
+    def result(self) -> dict[str, Any]:
+        """`ds01 reconcile --json`."""
+        return {
+            "changed": self.changed,
+            "actions": [action.record() for action in self.actions],
+            "problems": [dict(problem) for problem in self.problems],
+            "msg": self.summary(),
+        }
+
+    def summary(self) -> str:
+        """The run in a sentence."""
+        done = f"{len(self.actions)} to do or report" if self.actions else "everything is as it should be"
+        return f"{done}; {len(self.problems)} could not be looked at." if self.problems else f"{done}."
+
+
+@dataclass
+class _Run:
+    """A run under way."""
+
+    actions: list[Action] = field(default_factory=list)
+    problems: list[Mapping[str, str]] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def stage(self, what: str) -> Iterator[None]:
+        """One stage: where it fails, what it was about is a problem."""
+        try:
+            yield
+        except Ds01Error as exc:
+            self.problems.append({"stage": what, "reason": exc.reason, "msg": str(exc)})
+
+    def done(self) -> Reconciled:
+        return Reconciled(tuple(self.actions), tuple(self.problems))
+
+
+def reconcile(ds01: Allocations) -> Reconciled:
+    """Bring ledger, CDI devices and containers into agreement with the limits file and with what is there.
+
+    Raises Ds01Error `container_busy` while another run is at work, `config_invalid` for a limits file with a
+    mistake: it says what to do to nobody.
+    """
+    _ = ds01.config
+    run = _Run()
+    with (
+        exclusion.alone(ds01.paths.state / "reconcile.lock", "reconcile", _LOCK_WAIT),
+        watchdog.bounded(DEADLINE, "ds01 reconcile"),
+    ):
+        known = memory.read(ds01.paths.memory)
+        now = known.at(processes.boot_id(), ds01.clock(), memory.since_boot())
+        with run.stage("allocations"):
+            settled = ds01.settle()
+            run.actions += _of_settled(settled)
+            now = replace(now, unmanaged=_report_unmanaged(ds01, run.actions, known.unmanaged))
+        with run.stage("containers"):
+            _remove(ds01, _overdue(ds01, now), run)
+        if now != known:
+            memory.write(ds01.paths.memory, now)
+    return run.done()
+
+
+def foresee(ds01: Allocations) -> Reconciled:
+    """What `reconcile` would do now: a report of drift. Writes nothing."""
+    _ = ds01.config
+    run = _Run()
+    now = memory.read(ds01.paths.memory).at(processes.boot_id(), ds01.clock(), memory.since_boot())
+    with run.stage("allocations"):
+        run.actions += _of_settled(ds01.foresee_settle())
+    with run.stage("containers"):
+        run.actions += _overdue(ds01, now)
+    return run.done()
+
+
+# --- allocations
+
+
+def _of_settled(settled: Settled) -> Iterator[Action]:
+    for outcome in settled.outcomes:
+        yield drift.of_outcome(outcome)
+    for container in settled.mended:
+        allocation = settled.ledger.allocations.get(container)
+        yield drift.of_projection(container, allocation.user if allocation else "")
+    ids = {device.uuid: device.id for device in settled.seen.inventory.devices}
+    yield from drift.unmanaged(settled.seen.occupied, ids)
+
+
+def _report_unmanaged(ds01: Allocations, actions: Iterable[Action], known: Mapping[str, str]) -> dict[str, str]:
+    """An event for everybody who uses a device without DS01 and did not at the last run; who does now."""
+    found = {a.subject: a for a in actions if a.kind == "unmanaged.seen"}
+    for device, action in found.items():
+        if known.get(device) != action.details["by"]:
+            ds01.events.write(action.kind, ds01.clock(), device=device, message=action.message)
+    return {device: action.details["by"] for device, action in found.items()}
+
+
+# --- containers
+
+
+def _overdue(ds01: Allocations, clock: Memory) -> list[Action]:
+    """The containers whose time is over. When one stopped is asked only where it may matter; while the clock
+    is not to be trusted nothing is."""
+    if engine.disabled() or clock.distrusts(memory.since_boot()):
+        return []
+    boxes = [_box(ds01, container) for container in ds01.engine.containers() if container.own]
+    return list(drift.overdue(boxes, ds01.config, ds01.clock()))
+
+
+def _box(ds01: Allocations, container: engine.Container) -> Box:
+    box = Box(container.name, container.user, container.id, container.status, claims.created_at(container))
+    if not drift.may_be_overdue(box, ds01.config, ds01.clock()):
+        return box
+    asked = ds01.engine.container(container.name)
+    return replace(box, status=asked.status, finished_at=asked.finished_at) if asked else box
+
+
+def _remove(ds01: Allocations, actions: Iterable[Action], run: _Run) -> None:
+    containers = Containers(ds01)
+    for action in actions:
+        with run.stage(action.subject):
+            name = ds01.name(action.subject, action.user)
+            containers.discard(name, action.details["container_id"], action.message)
+            run.actions.append(action)
