@@ -27,6 +27,7 @@ from .transitions import resolved
 
 if TYPE_CHECKING:
     from .allocations import Allocations
+    from .observation import Observation
 
 Say = Callable[[str], None]
 
@@ -109,7 +110,7 @@ def _repairs(ds01: Allocations, ledger: Ledger, planned: Planned) -> tuple[str, 
     now = resolved(ledger, inventory)
     if now != ledger:
         found.append("the ledger's devices have other names now")
-    if _has_toolkit() and not problem and ds01.misprojected(now, inventory):
+    if _has_toolkit() and not problem and ds01.misprojected(now, inventory, ds01.cdi.nvidia_spec()):
         found.append("CDI devices of containers are not what the ledger says")
     saved, same = ds01.saved_layout.read(), {plan.gpu for plan in planned.plans if not plan.changes}
     if _noted(saved, (gpu for gpu in planned.host.gpus if gpu.index in same)) != saved:
@@ -132,6 +133,17 @@ def _spec_problem(ds01: Allocations, inventory: Inventory) -> str | None:
 def _has_toolkit() -> bool:
     """Without an engine nothing is projected, and nobody misses the toolkit."""
     return toolkit.installed() or not engine.disabled()
+
+
+def cut_on_demand(
+    ds01: Allocations, driver: nvml.Nvml, transaction: Transaction, seen: Observation, cuts: Cuts
+) -> Inventory:
+    """Cut GPUs for requests that were decided under this lock; the devices afterwards. Raises Ds01Error as
+    `cut` does."""
+    planned = partitions.planned(partitions.host(ds01, driver, transaction.ledger, seen), cuts)
+    if _has_toolkit():
+        toolkit.check()
+    return cut(ds01, driver, transaction, planned)
 
 
 # --- under the lock
