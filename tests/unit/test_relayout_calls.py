@@ -41,6 +41,21 @@ def test_a_converged_run_changes_nothing_and_opens_nvml_once(
     assert server.host.events.read_bytes() == log, "what did not happen is no event"
 
 
+def test_two_specs_of_nvidia_are_written_from_one_run_of_its_tool(
+    start: Start,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One of the host's boot, and one that is kept."""
+    server, ran, run = start("A100-SXM4-80GB", g0=SEVEN), [], subprocess.run
+    kept = server.host.cdi / "nvidia-kept.yaml"
+    kept.write_bytes(server.nvidia_spec.read_bytes())
+    monkeypatch.setattr(subprocess, "run", lambda argv, **rest: ran.append(argv[0]) or run(argv, **rest))
+    server.apply(g0=ONE_OF_SEVEN)
+    assert ran == ["nvidia-ctk", "nvidia-smi", "nvidia-ctk"], "once before, to see whether it would work"
+    assert kept.read_bytes() == server.nvidia_spec.read_bytes()
+    server.check_all_done()
+
+
 def test_a_layout_by_name_converges_too(start: Start) -> None:  # noqa: F811
     server = start("2xA100-SXM4-80GB", g0="")
     server.apply_layout("all-balanced")
