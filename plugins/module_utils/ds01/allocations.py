@@ -172,6 +172,9 @@ class Allocations:
             if transaction.ledger != first:
                 seen = self._observe(changes, transaction.ledger, sources)  # what was seen may be older than that
             plan = self._plan(changes, transaction.ledger, seen, sources)
+            if self._cuts_on_demand and any(o.reason == "driver_unavailable" for o in plan.outcomes):
+                sources = self._mended(transaction, sources)
+                plan = self._plan(changes, transaction.ledger, seen, sources)
             self._write(transaction, plan, seen)
             if plan.cuts and sources.driver:
                 plan = self._with_cuts(transaction, plan, seen, sources.driver)
@@ -183,6 +186,20 @@ class Allocations:
         stopped = set(moved) - seen.running
         project = (a for a in _to_project(plan, transaction.ledger) if all_there(a, seen.inventory))
         self.carry_out(transaction, plan.ledger, plan.now, moved, project, plan.spec, stopped)
+
+    @property
+    def _cuts_on_demand(self) -> bool:
+        return self.config.gpu.mig_strategy == "dynamic"
+
+    def _mended(self, transaction: Transaction, sources: _Sources) -> _Sources:
+        """The sources once NVIDIA's CDI spec is that of the devices: a request that was killed after it had a
+        GPU cut leaves another, and nobody else writes it."""
+        from . import relayout  # a host whose GPUs stay as they are does without
+
+        if sources.driver:
+            with contextlib.suppress(Ds01Error):  # then the refusal stands
+                relayout.mend(self, sources.driver, transaction)
+        return replace(sources, spec=self.cdi.nvidia_spec())
 
     def _with_cuts(self, transaction: Transaction, plan: _Plan, seen: Observation, driver: nvml.Nvml) -> _Plan:
         """The plan once GPUs are cut for it, under the same lock. Where that fails, those for whom it was are
@@ -415,7 +432,7 @@ class Allocations:
     def _plan(self, changes: Sequence[Change], before: Ledger, seen: Observation, sources: _Sources) -> _Plan:
         """The decisions; where the limits file says so, with GPUs cut for requests that nothing else serves."""
         plan = self._decided(changes, before, seen, sources)
-        if self.config.gpu.mig_strategy != "dynamic" or not sources.driver or not _may_need_cuts(plan, before):
+        if not (self._cuts_on_demand and sources.driver and _may_need_cuts(plan, before)):
             return plan
         from . import on_demand  # a host whose GPUs stay as they are does without
 
