@@ -48,8 +48,33 @@ _EVENTS = {"granted": "gpu.allocated", "held": "gpu.held", "released": "gpu.rele
 _ATTEMPTS = 3
 
 
-class _OutdatedError(Exception):
+class _OutdatedError(Ds01Error):
     """What a decision was based on is not so any more; nothing was changed."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__("container_busy", f"While this was decided {what}.", "Try again; nothing was changed.")
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """What a run looks at, and what it puts right: whether the engine and the driver are asked, whether
+    what is over anyway is noticed, and whether every container's CDI device is compared with the ledger."""
+
+    engine: bool
+    driver: bool
+    due: bool
+    mend: bool = False
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a look at everything found: what became of allocations, and whose CDI device was not what the
+    ledger says; the ledger and the host afterwards."""
+
+    outcomes: Sequence[Outcome]
+    mended: Sequence[str]
+    ledger: Ledger
+    seen: Observation
 
 
 @dataclass(frozen=True)
@@ -75,6 +100,8 @@ class _Plan:
     now: datetime
     rebooted: bool
     cuts: Mapping[int, Placed] = field(default_factory=dict)
+    mended: Sequence[str] = ()
+    """Containers whose CDI device is not what that ledger says."""
 
 
 class Allocations:
@@ -144,44 +171,68 @@ class Allocations:
 
         A ledger that is gone or damaged is first rebuilt from the containers.
         """
-        for _ in range(_ATTEMPTS):
-            with contextlib.suppress(_OutdatedError):
-                plan = self._decide_and_write(changes)
-                break
-        else:
-            raise Ds01Error(
-                "container_busy",
-                "Containers were started past DS01, or the ledger was removed, while this was decided.",
-                "Try again; nothing was changed.",
-            )
-        self._record_events(plan)
+        plan, _ = self._persistently(changes, _scope_of(changes))
         problem = self.events.problem
         return [replace(o, warnings=(*o.warnings, problem)) for o in plan.outcomes] if problem else plan.outcomes
 
-    def _decide_and_write(self, changes: Sequence[Change]) -> _Plan:
+    def settle(self) -> Settled:
+        """Notice what is over or was seen to have changed, and put right every CDI device that is not what the
+        ledger says. Raises Ds01Error where the driver, the engine or the ledger does not answer."""
+        plan, seen = self._persistently((), _everything())
+        return Settled(plan.due, plan.mended, plan.ledger, seen)
+
+    def foresee_settle(self) -> Settled:
+        """What `settle` would do now. Writes nothing and takes no lock."""
+        with contextlib.ExitStack() as stack:
+            scope = _everything()
+            sources, now = self._open(scope, stack), self.store.read()
+            seen = self._observe((), scope, now, sources)
+            plan = self._plan((), scope, now, seen, sources)
+        return Settled(plan.due, plan.mended, plan.ledger, seen)
+
+    def _persistently(self, changes: Sequence[Change], scope: _Scope) -> tuple[_Plan, Observation]:
+        """Decide and write, anew where the world moved on meanwhile; then the events."""
+        for left in reversed(range(_ATTEMPTS)):
+            try:
+                plan, seen = self._decide_and_write(changes, scope)
+                break
+            except _OutdatedError:
+                if not left:
+                    raise
+        self._record_events(plan)
+        return plan, seen
+
+    def _decide_and_write(self, changes: Sequence[Change], scope: _Scope) -> tuple[_Plan, Observation]:
         """One attempt. Raises _OutdatedError, with nothing changed, when the world moved on meanwhile."""
         if not engine.disabled() and self.store.lost():
             self.rebuild()
         with contextlib.ExitStack() as stack:
-            sources = self._open(changes, stack)
+            sources = self._open(scope, stack)
             first = self.store.read()
-            seen = self._observe(changes, first, sources)
+            seen = self._observe(changes, scope, first, sources)
             transaction = stack.enter_context(self.store.transaction())
             if transaction.ledger.generation < first.generation:
-                raise _OutdatedError  # it is gone since: what is empty now is no ledger
+                raise _OutdatedError("the ledger was removed")  # what is empty now is no ledger
             if transaction.ledger != first:
-                seen = self._observe(changes, transaction.ledger, sources)  # what was seen may be older than that
-            plan = self._plan(changes, transaction.ledger, seen, sources)
+                seen = self._observe(changes, scope, transaction.ledger, sources)  # what was seen may be older
+                if sources.driver:
+                    sources = replace(sources, spec=self.cdi.nvidia_spec())
+            plan = self._plan(changes, scope, transaction.ledger, seen, sources)
             if self._cuts_on_demand and any(o.reason == "driver_unavailable" for o in plan.outcomes):
                 sources = self._mended(transaction, sources)
-                plan = self._plan(changes, transaction.ledger, seen, sources)
+                plan = self._plan(changes, scope, transaction.ledger, seen, sources)
+            if sources.driver and not sources.driver.has(_granted(plan)):
+                raise _OutdatedError("GPUs were cut")  # of what nobody had, which shows in no ledger
             self._write(transaction, plan, seen)
-            return self._with_cuts(changes, transaction, plan, seen, sources) if plan.cuts else plan
+            if plan.cuts:
+                plan = self._with_cuts(changes, transaction, plan, seen, sources)
+        return plan, seen
 
     def _write(self, transaction: Transaction, plan: _Plan, seen: Observation) -> None:
         """The plan's ledger, and the CDI devices that follow from it. Raises as `carry_out` does."""
         moved = _moved(transaction.ledger, plan.ledger)
         stopped = set(moved) - seen.running
+        moved += (c for c in plan.mended if c not in moved)
         project = (a for a in _to_project(plan, transaction.ledger) if all_there(a, seen.inventory))
         self.carry_out(transaction, plan.ledger, plan.now, moved, project, plan.spec, stopped)
 
@@ -213,18 +264,19 @@ class Allocations:
         What the others were given stays."""
         try:
             return self._cut(transaction, plan, seen, sources)
-        except (Ds01Error, _OutdatedError) as exc:
+        except Ds01Error as exc:
             failure = exc
         numbers = [number for number, outcome in enumerate(plan.outcomes) if outcome.is_uncut]
         rest, spoilt = [changes[number] for number in numbers], spoilt.union(_spoilt(failure, plan))
         try:
             sources = replace(sources, spec=self.cdi.nvidia_spec())
-            seen = self._observe(rest, transaction.ledger, sources)
-            again = _refused_for(self._plan(rest, transaction.ledger, seen, sources, spoilt), failure)
+            scope = _scope_of(rest)
+            seen = self._observe(rest, scope, transaction.ledger, sources)
+            again = _refused_for(self._plan(rest, scope, transaction.ledger, seen, sources, spoilt), failure)
             self._write(transaction, again, seen)
             if again.cuts:
                 again = self._with_cuts(rest, transaction, again, seen, sources, spoilt)
-        except (Ds01Error, _OutdatedError) as exc:
+        except Ds01Error as exc:
             again = replace(plan, outcomes=[_not_cut(plan.outcomes[number], exc) for number in numbers], due=())
         outcomes = list(plan.outcomes)
         for number, outcome in zip(numbers, again.outcomes, strict=True):
@@ -232,7 +284,7 @@ class Allocations:
         return replace(again, outcomes=outcomes, due=[*plan.due, *again.due])
 
     def _cut(self, transaction: Transaction, plan: _Plan, seen: Observation, sources: _Sources) -> _Plan:
-        """The plan once it is carried out, all of it. Raises Ds01Error, and _OutdatedError as `carry_out` does."""
+        """The plan once it is carried out, all of it. Raises Ds01Error."""
         from . import relayout  # a host whose GPUs stay as they are does without
 
         inventory = relayout.cut_on_demand(self, sources.driver, transaction, seen, plan.cuts)
@@ -284,7 +336,7 @@ class Allocations:
             if stopped and not engine.disabled():
                 self._check_still_stopped(stopped)
             transaction.commit(final, now)
-        except (OSError, Ds01Error, _OutdatedError) as exc:
+        except (OSError, Ds01Error) as exc:
             with contextlib.suppress(OSError):
                 rewrite.undo()
             raise self._unwritable(exc, "nothing was changed") from None
@@ -302,8 +354,9 @@ class Allocations:
 
     def _check_still_stopped(self, containers: Collection[str]) -> None:
         """Their devices are out of reach now: whoever does not run yet cannot start with them any more."""
-        if any(c.name in containers and c.status in engine.RUNNING for c in self.engine.containers()):
-            raise _OutdatedError
+        started = [c.name for c in self.engine.containers() if c.name in containers and c.status in engine.RUNNING]
+        if started:
+            raise _OutdatedError(f"{', '.join(started)} was started past DS01")
 
     def _unwritable(self, exc: Exception, outcome: str) -> Exception:
         if not isinstance(exc, OSError):
@@ -353,11 +406,16 @@ class Allocations:
             transaction, final, now, self._wrongly_projected(final.allocations), there, self.cdi.nvidia_spec()
         )
 
-    def misprojected(self, now: Ledger, inventory: Inventory) -> bool:
-        """Whether a CDI device says something else than this ledger, or is missing."""
-        there = (a for a in now.allocations.values() if all_there(a, inventory))
-        missing = any(self.cdi.projected(a.container) is None for a in there)
-        return missing or bool(self._wrongly_projected(now.allocations))
+    def misprojected(self, now: Ledger, inventory: Inventory, spec: Mapping[str, Any] | None) -> list[str]:
+        """The containers whose CDI device says something else than this ledger, names a device that is gone,
+        or is missing though NVIDIA's spec has all that it needs."""
+        had = {container: self.cdi.projected(container) for container in self.cdi.containers()}
+        should = {
+            a.container: _uuids(a)
+            for a in now.allocations.values()
+            if all_there(a, inventory) and self.cdi.problem(_uuids(a), spec) is None
+        }
+        return sorted(c for c in had.keys() | should.keys() if had.get(c) != should.get(c))
 
     def look_at_driver(self, driver: nvml.Nvml) -> Observation:
         """The devices and their processes, without asking the engine."""
@@ -390,8 +448,9 @@ class Allocations:
     def preview(self, changes: Sequence[Change]) -> Sequence[Outcome]:
         """What `apply` would do now. Writes nothing and takes no lock."""
         with contextlib.ExitStack() as stack:
-            sources, now = self._open(changes, stack), self.store.read()
-            return self._plan(changes, now, self._observe(changes, now, sources), sources).outcomes
+            scope = _scope_of(changes)
+            sources, now = self._open(scope, stack), self.store.read()
+            return self._plan(changes, scope, now, self._observe(changes, scope, now, sources), sources).outcomes
 
     def validate(self, name: names.ContainerName, gpu: str | None = None) -> Outcome:
         """Whether the container's devices still exist, are healthy, and are the ones projected."""
@@ -441,24 +500,25 @@ class Allocations:
         harmless = self.config.policies.monitoring_containers
         return self._observer.look(now, driver, stopping=stopping, harmless=harmless)
 
-    def _open(self, changes: Sequence[Change], stack: contextlib.ExitStack) -> _Sources:
+    def _open(self, scope: _Scope, stack: contextlib.ExitStack) -> _Sources:
         """What is slow and does not depend on the ledger, done before its lock is taken: imports, the
         limits file, the engine's connection, the driver's session, NVIDIA's CDI spec."""
         _ = self.config
-        if _needs_engine(changes):
+        if scope.engine:
             _ = self.engine
-        if not _needs_driver(changes):
+        if not scope.driver:
             return _Sources(None, None)
         return _Sources(stack.enter_context(nvml.session()), self.cdi.nvidia_spec())
 
-    def _observe(self, changes: Sequence[Change], now: Ledger, sources: _Sources) -> Observation:
-        if not _needs_engine(changes):
+    def _observe(self, changes: Sequence[Change], scope: _Scope, now: Ledger, sources: _Sources) -> Observation:
+        if not scope.engine:
             return self._observer.without_engine(sources.driver)
         return self.look(now, sources.driver, {change.name.full for change in changes if change.state == "held"})
 
     def _plan(
         self,
         changes: Sequence[Change],
+        scope: _Scope,
         before: Ledger,
         seen: Observation,
         sources: _Sources,
@@ -466,17 +526,19 @@ class Allocations:
     ) -> _Plan:
         """The decisions; where the limits file says so, with GPUs, but `spoilt`, cut for requests that nothing
         else serves."""
-        plan = self._decided(changes, before, seen, sources)
+        plan = self._decided(changes, scope, before, seen, sources)
         if not (self._cuts_on_demand and sources.driver and _may_need_cuts(plan, before)):
             return plan
         from . import on_demand  # a host whose GPUs stay as they are does without
 
         gpus = (gpu for gpu in sources.driver.layout(seen.inventory) if gpu.index not in spoilt)
-        return self._decided(changes, before, seen, sources, [gpu for gpu in gpus if on_demand.is_open(gpu)])
+        open_ = [gpu for gpu in gpus if on_demand.is_open(gpu)]
+        return self._decided(changes, scope, before, seen, sources, open_)
 
     def _decided(
         self,
         changes: Sequence[Change],
+        scope: _Scope,
         before: Ledger,
         seen: Observation,
         sources: _Sources,
@@ -485,7 +547,7 @@ class Allocations:
         """Fold the decisions over the ledger, each device of it named as it is called now."""
         time, boot = self.clock(), processes.boot_id()
         now = resolved(before, seen.inventory)
-        due = self._due(now, changes, seen, time) if _allocating(changes) else []
+        due = self._due(now, changes, seen, time) if scope.due else []
         for outcome in due:
             now = after(now, outcome)
         situation = self.situation(now, seen, time)
@@ -510,7 +572,10 @@ class Allocations:
         if _differs(final, before):
             final = replace(final, engine_id=seen.engine_id or before.engine_id)
         cuts = {index: layout for outcome in outcomes for index, layout in outcome.cuts.items()}
-        return _Plan(outcomes, due, final, sources.spec, time, rebooted, cuts)
+        moved = _moved(before, final)
+        mended = self.misprojected(final, seen.inventory, sources.spec) if scope.mend else []
+        mended = [container for container in mended if container not in moved]
+        return _Plan(outcomes, due, final, sources.spec, time, rebooted, cuts, mended)
 
     def _due(self, now: Ledger, changes: Sequence[Change], seen: Observation, time: datetime) -> list[Outcome]:
         """What is over or was seen to have changed; whoever asks again keeps his."""
@@ -585,13 +650,13 @@ def _without_uncut(now: Ledger, queue: Sequence[Waiter], outcomes: Sequence[Outc
     return replace(now, queue=(*stays, *(w for w in now.queue if w not in queue))) if before else now
 
 
-def _spoilt(failure: Exception, plan: _Plan) -> Collection[int]:
+def _spoilt(failure: Ds01Error, plan: _Plan) -> Collection[int]:
     """The GPU that could not be cut; where it is not known, all that were to be."""
-    gpu = failure.details.get("gpu") if isinstance(failure, Ds01Error) else None
+    gpu = failure.details.get("gpu")
     return [gpu] if isinstance(gpu, int) else plan.cuts
 
 
-def _refused_for(plan: _Plan, failure: Exception) -> _Plan:
+def _refused_for(plan: _Plan, failure: Ds01Error) -> _Plan:
     """The plan in which nobody waits for a GPU that cannot be cut: who is not served is refused for that."""
     outcomes = [o if o.ok else _not_cut(o, failure) for o in plan.outcomes]
     lost = {o.name.full for o in outcomes if not o.ok}
@@ -599,14 +664,10 @@ def _refused_for(plan: _Plan, failure: Exception) -> _Plan:
     return replace(plan, outcomes=outcomes, ledger=replace(plan.ledger, queue=queue))
 
 
-def _not_cut(outcome: Outcome, exc: Exception) -> Outcome:
+def _not_cut(outcome: Outcome, exc: Ds01Error) -> Outcome:
     """The refusal of a request for which no GPU could be cut."""
-    name = outcome.name
-    if not isinstance(exc, Ds01Error):
-        message = f"{name.full} was started past DS01 while a GPU was cut for it."
-        return refused(name, Refusal("container_busy", message, "Try again."), outcome.before)
-    message = f"No device could be cut for {name.full}: {exc.message}"
-    return refused(name, Refusal(exc.reason, message, exc.hint), outcome.before)
+    message = f"No device could be cut for {outcome.name.full}: {exc.message}"
+    return refused(outcome.name, Refusal(exc.reason, message, exc.hint), outcome.before)
 
 
 def _followed(situation: placement.Situation, outcome: Outcome) -> placement.Situation:
@@ -627,9 +688,26 @@ def _allocating(changes: Sequence[Change]) -> bool:
     return any(change.state == "allocated" for change in changes)
 
 
+def _scope_of(changes: Sequence[Change]) -> _Scope:
+    """What a batch of requests has to look at."""
+    return _Scope(_needs_engine(changes), _needs_driver(changes), _allocating(changes))
+
+
+def _everything() -> _Scope:
+    return _Scope(engine=not engine.disabled(), driver=True, due=True, mend=True)
+
+
 def _needs_engine(changes: Sequence[Change]) -> bool:
     """Whether it matters which containers exist and run: to all but a container that just started."""
     return not engine.disabled() and any(change.state != "active" for change in changes)
+
+
+def _granted(plan: _Plan) -> list[str]:
+    """The UUIDs of the devices that somebody gets by this."""
+    granted = [
+        o.allocation for o in plan.outcomes if o.ok and o.reason == "granted" and not o.is_uncut and o.allocation
+    ]
+    return [device.uuid for allocation in granted for device in allocation.devices]
 
 
 def _granting(outcome: Outcome) -> bool:
@@ -642,7 +720,7 @@ def _to_project(plan: _Plan, before: Ledger) -> Iterator[Allocation]:
     asked = {o.name.full for o in plan.outcomes if _granting(o)}
     for name, allocation in plan.ledger.allocations.items():
         known = before.allocations.get(name)
-        if plan.rebooted or name in asked or (known and known.devices != allocation.devices):
+        if plan.rebooted or name in asked or name in plan.mended or (known and known.devices != allocation.devices):
             yield allocation
 
 

@@ -1,0 +1,132 @@
+"""ds01_mig_profile: check mode is the run, a second run changes nothing, and what is exported leads to itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import ds01_mig_profile
+import pytest
+import yaml
+from ds01_mig_profile import Ds01Error
+from sim_server import Server, Start, needs_sim, start
+
+__all__ = ["start"]
+
+CUT = "2g.20gb,1g.10gb+me,3g.40gb"
+
+
+def run(check: bool = False, **params: Any) -> dict[str, Any]:
+    """The module's result with these options; its own Allocations, as on a host."""
+    options = {"layout": None, "gpus": None, "layouts_file": None, "force": [], **params}
+    return ds01_mig_profile.present(service(), options, check)
+
+
+def service() -> Any:
+    return ds01_mig_profile.Allocations(ds01_mig_profile.Paths.from_env(), "tester")
+
+
+@pytest.fixture
+def server(start: Start) -> Server:
+    """A whole A100, and one that is cut in three of which alice has a slice."""
+    found = start("2xA100-SXM4-80GB", g1=CUT)
+    found.allocate("p._.alice", "2g.20gb")
+    return found
+
+
+class TestOnAServer:
+    pytestmark = needs_sim
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            pytest.param({"gpus": {"1": ["2g.20gb", "1g.10gb", "3g.40gb"]}}, id="one of three"),
+            pytest.param({"gpus": {0: ["3g.40gb"], 1: ["2g.20gb"]}}, id="a mode too"),
+            pytest.param({"gpus": {"0": []}}, id="a mode and nothing else"),
+            pytest.param({"layout": "all-balanced"}, id="by name"),
+            pytest.param({"gpus": {"1": ["7g.80gb"]}, "force": ["p._.alice"]}, id="by force"),
+        ],
+    )
+    def test_check_mode_is_the_run_and_the_second_changes_nothing(
+        self, options: dict[str, Any], server: Server
+    ) -> None:
+        server.report("held", "p._.alice")
+        before, written = server.cuts(), server.written()
+        foreseen = run(check=True, **options)
+        assert (server.cuts(), server.written()) == (before, written)
+        done = run(**options)
+        assert foreseen["changed"]
+        assert server.cuts() != before
+        for result in (foreseen, done):
+            result.pop("devices")  # those that are new have a UUID only afterwards
+        assert done == foreseen
+        json.dumps(done)  # what Ansible carries to the controller
+        after = server.written()
+        again = run(**options)
+        assert (again["changed"], again["diff"], again["released"]) == (False, [], [])
+        assert server.written() == after
+        server.check_all_done()
+
+    def test_devices_are_those_afterwards(self, server: Server) -> None:
+        done = run(gpus={"0": ["7g.80gb"]})
+        assert {d["uuid"] for d in done["devices"]} == set(server.devices())
+
+    def test_without_any_wish_the_limits_file_says_it(self, start: Start) -> None:
+        server = start("2xA100-SXM4-80GB", g1="1g.10gb")
+        server.host.limits("gpu_allocation: {enable_mig: true, mig_profile: 3g.40gb}\n")
+        assert run()["changed"]
+        assert server.cuts() == ["3g.40gb@0 3g.40gb@4"] * 2
+
+    def test_a_refusal_says_who_is_in_the_way(self, server: Server) -> None:
+        for check in (True, False):
+            with pytest.raises(Ds01Error, match=r"p\._\.alice of alice") as caught:
+                run(check, gpus={"0": ["3g.40gb"], "1": ["7g.80gb"]})
+            assert caught.value.reason == "layout_in_use"
+            assert [r["gpu"] for r in caught.value.details["refusals"]] == [1]
+            assert server.cut(0) == "off"
+
+    def test_what_is_exported_leads_to_itself(self, server: Server) -> None:
+        result = ds01_mig_profile.exported(service(), "as found")
+        assert not result["changed"]
+        assert yaml.safe_load(result["text"]) == result["document"]
+        assert list(result["document"]["mig-configs"]) == ["as found"]
+        file = server.host.root / "found.yaml"
+        file.write_text(result["text"], encoding="utf-8")
+        run(layout="as found", layouts_file=str(file))  # notes the layout for the next boot, and cuts nothing
+        again = run(layout="as found", layouts_file=str(file))
+        assert not again["changed"]
+        assert {step["action"] for step in again["plan"]} == {"keep"}
+
+
+@pytest.mark.parametrize(
+    ("written", "meaning"),
+    [
+        ({"1": ["3g.40gb", "2g.20gb"], 0: []}, {1: ["3g.40gb", "2g.20gb"], 0: []}),
+        ({"12": ["full"]}, {12: ["full"]}),
+        ({}, {}),
+    ],
+    ids=["text and number", "a whole GPU", "none"],
+)
+def test_gpus_as_they_are_written(written: Mapping[Any, Any], meaning: dict[int, list[str]]) -> None:
+    assert ds01_mig_profile.profiles(written) == meaning
+
+
+@pytest.mark.parametrize(
+    ("written", "problem"),
+    [
+        ({"GPU-0": []}, "'GPU-0' is not the index of a GPU"),
+        ({"-1": []}, "'-1' is not the index of a GPU"),
+        ({True: []}, "True is not the index of a GPU"),
+        ({"1": "3g.40gb"}, "profiles of GPU 1 are no list"),
+        ({"1": None}, "profiles of GPU 1 are no list"),
+        ({"1": [7]}, "profiles of GPU 1 are no list"),
+        ({"1": {"2g.20gb": 3}}, "profiles of GPU 1 are no list"),
+        ({"1": [], 1: []}, "GPU 1 is given twice"),
+    ],
+    ids=str,
+)
+def test_gpus_that_mean_nothing(written: Mapping[Any, Any], problem: str) -> None:
+    with pytest.raises(Ds01Error, match=problem) as caught:
+        ds01_mig_profile.profiles(written)
+    assert caught.value.reason == "invalid_input"
