@@ -254,6 +254,16 @@ class Server:
                     slices = gpus[index].table.by_name[instance.profile].slices
                     n["nvmlGpuInstanceCreateComputeInstance"](found, _WHOLE[slices])
 
+    def somebody_removes(self, index: int, start: int) -> None:
+        """Another program removes the instance that begins there."""
+        with edit(self.state) as machine:
+            gpu = machine.gpus[index]
+            gone = {gi["id"] for gi in machine.of("gi", gpu) if int(gi["start"]) == start}
+            for kind, key in (("gi", "id"), ("ci", "gi")):
+                machine.records[kind] = [
+                    r for r in machine.records[kind] if r["gpu"] != gpu["minor"] or r[key] not in gone
+                ]
+
     @contextlib.contextmanager
     def somebody_opens(self, index: int) -> Iterator[int]:
         """Another program has the GPU's device node open; its pid. Nodes of a driver that is not there cannot be

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -40,6 +40,9 @@ class Driver:
 
     def inventory(self) -> Inventory:
         return self.now
+
+    def has(self, uuids: Iterable[str]) -> bool:
+        return {*uuids} <= {device.uuid for device in self.now.devices}
 
     def processes(self, _inventory: Inventory) -> dict[str, tuple[int, ...]]:
         return self.busy

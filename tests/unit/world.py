@@ -297,6 +297,9 @@ class _Session:
     def inventory(self) -> Inventory:
         return self._world.inventory
 
+    def has(self, uuids: Iterable[str]) -> bool:
+        return {*uuids} <= {device.uuid for device in self._world.inventory.devices}
+
     def processes(self, inventory: Inventory) -> dict[str, tuple[int, ...]]:
         return self._world.processes(inventory)
 

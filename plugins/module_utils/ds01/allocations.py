@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import (
     accounts,
@@ -37,7 +37,10 @@ from .model import Allocation, Inventory, Ledger, Refusal
 from .observation import Observation, Observer
 from .paths import Paths
 from .saved_layout import SavedLayoutStore
-from .transitions import Change, Outcome, after, decide, device_problem, hold_end, refused, resolved
+from .transitions import Change, Outcome, after, bound, decide, device_problem, hold_end, refused, resolved
+
+if TYPE_CHECKING:
+    from .mig import GpuState, Placed
 
 _EVENTS = {"granted": "gpu.allocated", "held": "gpu.held", "released": "gpu.released", "expired": "gpu.released"}
 
@@ -45,8 +48,33 @@ _EVENTS = {"granted": "gpu.allocated", "held": "gpu.held", "released": "gpu.rele
 _ATTEMPTS = 3
 
 
-class _OutdatedError(Exception):
+class _OutdatedError(Ds01Error):
     """What a decision was based on is not so any more; nothing was changed."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__("container_busy", f"While this was decided {what}.", "Try again; nothing was changed.")
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """What a run looks at, and what it puts right: whether the engine and the driver are asked, whether
+    what is over anyway is noticed, and whether every container's CDI device is compared with the ledger."""
+
+    engine: bool
+    driver: bool
+    due: bool
+    mend: bool = False
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a look at everything found: what became of allocations, and whose CDI device was not what the
+    ledger says; the ledger and the host afterwards."""
+
+    outcomes: Sequence[Outcome]
+    mended: Sequence[str]
+    ledger: Ledger
+    seen: Observation
 
 
 @dataclass(frozen=True)
@@ -61,7 +89,8 @@ class _Sources:
 class _Plan:
     """A batch decided: what becomes of each change and of what was due anyway, and the ledger after it.
 
-    `rebooted` says that the ledger is of an earlier boot: nothing of it is projected yet.
+    `rebooted` says that the ledger is of an earlier boot: nothing of it is projected yet. The ledger is
+    without what GPUs have to be cut for first, as `cuts` says, by index.
     """
 
     outcomes: Sequence[Outcome]
@@ -70,6 +99,9 @@ class _Plan:
     spec: Mapping[str, Any] | None
     now: datetime
     rebooted: bool
+    cuts: Mapping[int, Placed] = field(default_factory=dict)
+    mended: Sequence[str] = ()
+    """Containers whose CDI device is not what that ledger says."""
 
 
 class Allocations:
@@ -139,39 +171,98 @@ class Allocations:
 
         A ledger that is gone or damaged is first rebuilt from the containers.
         """
-        for _ in range(_ATTEMPTS):
-            with contextlib.suppress(_OutdatedError):
-                plan = self._decide_and_write(changes)
-                break
-        else:
-            raise Ds01Error(
-                "container_busy",
-                "Containers were started past DS01, or the ledger was removed, while this was decided.",
-                "Try again; nothing was changed.",
-            )
-        self._record_events(plan)
+        plan, _ = self._persistently(changes, _scope_of(changes))
         problem = self.events.problem
         return [replace(o, warnings=(*o.warnings, problem)) for o in plan.outcomes] if problem else plan.outcomes
 
-    def _decide_and_write(self, changes: Sequence[Change]) -> _Plan:
+    def settle(self) -> Settled:
+        """Notice what is over or was seen to have changed, and put right every CDI device that is not what the
+        ledger says. Raises Ds01Error where the driver, the engine or the ledger does not answer."""
+        plan, seen = self._persistently((), _everything())
+        return Settled(plan.due, plan.mended, plan.ledger, seen)
+
+    def foresee_settle(self) -> Settled:
+        """What `settle` would do now. Writes nothing and takes no lock."""
+        with contextlib.ExitStack() as stack:
+            scope = _everything()
+            sources, now = self._open(scope, stack), self.store.read()
+            seen = self._observe((), scope, now, sources)
+            plan = self._plan((), scope, now, seen, sources)
+        return Settled(plan.due, plan.mended, plan.ledger, seen)
+
+    def _persistently(self, changes: Sequence[Change], scope: _Scope) -> tuple[_Plan, Observation]:
+        """Decide and write, anew where the world moved on meanwhile; then the events."""
+        for left in reversed(range(_ATTEMPTS)):
+            try:
+                plan, seen = self._decide_and_write(changes, scope)
+                break
+            except _OutdatedError:
+                if not left:
+                    raise
+        self._record_events(plan)
+        return plan, seen
+
+    def _decide_and_write(self, changes: Sequence[Change], scope: _Scope) -> tuple[_Plan, Observation]:
         """One attempt. Raises _OutdatedError, with nothing changed, when the world moved on meanwhile."""
         if not engine.disabled() and self.store.lost():
             self.rebuild()
         with contextlib.ExitStack() as stack:
-            sources = self._open(changes, stack)
+            sources = self._open(scope, stack)
             first = self.store.read()
-            seen = self._observe(changes, first, sources)
+            seen = self._observe(changes, scope, first, sources)
             transaction = stack.enter_context(self.store.transaction())
             if transaction.ledger.generation < first.generation:
-                raise _OutdatedError  # it is gone since: what is empty now is no ledger
+                raise _OutdatedError("the ledger was removed")  # what is empty now is no ledger
             if transaction.ledger != first:
-                seen = self._observe(changes, transaction.ledger, sources)  # what was seen may be older than that
-            plan = self._plan(changes, transaction.ledger, seen, sources)
-            moved = _moved(transaction.ledger, plan.ledger)
-            stopped = set(moved) - seen.running
-            project = (a for a in _to_project(plan, transaction.ledger) if all_there(a, seen.inventory))
-            self.carry_out(transaction, plan.ledger, plan.now, moved, project, plan.spec, stopped)
-        return plan
+                seen = self._observe(changes, scope, transaction.ledger, sources)  # what was seen may be older
+                if sources.driver:
+                    sources = replace(sources, spec=self.cdi.nvidia_spec())
+            plan = self._plan(changes, scope, transaction.ledger, seen, sources)
+            if sources.driver and not sources.driver.has(_granted(plan)):
+                raise _OutdatedError("GPUs were cut")  # of what nobody had, which shows in no ledger
+            self._write(transaction, plan, seen)
+            if plan.cuts and sources.driver:
+                plan = self._with_cuts(transaction, plan, seen, sources.driver)
+        return plan, seen
+
+    def _write(self, transaction: Transaction, plan: _Plan, seen: Observation) -> None:
+        """The plan's ledger, and the CDI devices that follow from it. Raises as `carry_out` does."""
+        moved = _moved(transaction.ledger, plan.ledger)
+        stopped = set(moved) - seen.running
+        moved += (c for c in plan.mended if c not in moved)
+        project = (a for a in _to_project(plan, transaction.ledger) if all_there(a, seen.inventory))
+        self.carry_out(transaction, plan.ledger, plan.now, moved, project, plan.spec, stopped)
+
+    def _with_cuts(self, transaction: Transaction, plan: _Plan, seen: Observation, driver: nvml.Nvml) -> _Plan:
+        """The plan once GPUs are cut for it, under the same lock. Where that fails, those for whom it was are
+        refused for that reason; what the others got stays."""
+        from . import relayout  # a host whose GPUs stay as they are does without
+
+        try:
+            inventory = relayout.cut_on_demand(self, driver, transaction, seen, plan.cuts)
+            done = self._bound(plan, transaction.ledger, replace(seen, inventory=inventory))
+            self._write(transaction, done, replace(seen, inventory=inventory))
+        except Ds01Error as exc:
+            return replace(plan, outcomes=[_not_cut(o, exc) if o.is_uncut else o for o in plan.outcomes])
+        return done
+
+    def _bound(self, plan: _Plan, now: Ledger, seen: Observation) -> _Plan:
+        """The plan with the devices that were cut for it. Raises Ds01Error where one is not there."""
+        spec = self.cdi.nvidia_spec()
+        outcomes = []
+        for planned in plan.outcomes:
+            outcome = bound(planned, seen.inventory)
+            if outcome.is_uncut:
+                message = f"What was cut for {outcome.name.full} is not there any more."
+                raise Ds01Error(
+                    "layout_impossible", message, "Somebody else cuts this GPU at the same time. Try again."
+                )
+            if planned.is_uncut:
+                outcome = self._projectable(outcome, spec)
+                now = after(now, outcome)
+            outcomes.append(outcome)
+        final = replace(now, boot_id=processes.boot_id(), engine_id=seen.engine_id or now.engine_id)
+        return replace(plan, outcomes=outcomes, ledger=final, spec=spec, rebooted=False, cuts={})
 
     def carry_out(
         self,
@@ -198,7 +289,7 @@ class Allocations:
             if stopped and not engine.disabled():
                 self._check_still_stopped(stopped)
             transaction.commit(final, now)
-        except (OSError, Ds01Error, _OutdatedError) as exc:
+        except (OSError, Ds01Error) as exc:
             with contextlib.suppress(OSError):
                 rewrite.undo()
             raise self._unwritable(exc, "nothing was changed") from None
@@ -216,8 +307,9 @@ class Allocations:
 
     def _check_still_stopped(self, containers: Collection[str]) -> None:
         """Their devices are out of reach now: whoever does not run yet cannot start with them any more."""
-        if any(c.name in containers and c.status in engine.RUNNING for c in self.engine.containers()):
-            raise _OutdatedError
+        started = [c.name for c in self.engine.containers() if c.name in containers and c.status in engine.RUNNING]
+        if started:
+            raise _OutdatedError(f"{', '.join(started)} was started past DS01")
 
     def _unwritable(self, exc: Exception, outcome: str) -> Exception:
         if not isinstance(exc, OSError):
@@ -267,11 +359,16 @@ class Allocations:
             transaction, final, now, self._wrongly_projected(final.allocations), there, self.cdi.nvidia_spec()
         )
 
-    def misprojected(self, now: Ledger, inventory: Inventory) -> bool:
-        """Whether a CDI device says something else than this ledger, or is missing."""
-        there = (a for a in now.allocations.values() if all_there(a, inventory))
-        missing = any(self.cdi.projected(a.container) is None for a in there)
-        return missing or bool(self._wrongly_projected(now.allocations))
+    def misprojected(self, now: Ledger, inventory: Inventory, spec: Mapping[str, Any] | None) -> list[str]:
+        """The containers whose CDI device says something else than this ledger, names a device that is gone,
+        or is missing though NVIDIA's spec has all that it needs."""
+        had = {container: self.cdi.projected(container) for container in self.cdi.containers()}
+        should = {
+            a.container: _uuids(a)
+            for a in now.allocations.values()
+            if all_there(a, inventory) and self.cdi.problem(_uuids(a), spec) is None
+        }
+        return sorted(c for c in had.keys() | should.keys() if had.get(c) != should.get(c))
 
     def look_at_driver(self, driver: nvml.Nvml) -> Observation:
         """The devices and their processes, without asking the engine."""
@@ -304,8 +401,9 @@ class Allocations:
     def preview(self, changes: Sequence[Change]) -> Sequence[Outcome]:
         """What `apply` would do now. Writes nothing and takes no lock."""
         with contextlib.ExitStack() as stack:
-            sources, now = self._open(changes, stack), self.store.read()
-            return self._plan(changes, now, self._observe(changes, now, sources), sources).outcomes
+            scope = _scope_of(changes)
+            sources, now = self._open(scope, stack), self.store.read()
+            return self._plan(changes, scope, now, self._observe(changes, scope, now, sources), sources).outcomes
 
     def validate(self, name: names.ContainerName, gpu: str | None = None) -> Outcome:
         """Whether the container's devices still exist, are healthy, and are the ones projected."""
@@ -355,32 +453,52 @@ class Allocations:
         harmless = self.config.policies.monitoring_containers
         return self._observer.look(now, driver, stopping=stopping, harmless=harmless)
 
-    def _open(self, changes: Sequence[Change], stack: contextlib.ExitStack) -> _Sources:
+    def _open(self, scope: _Scope, stack: contextlib.ExitStack) -> _Sources:
         """What is slow and does not depend on the ledger, done before its lock is taken: imports, the
         limits file, the engine's connection, the driver's session, NVIDIA's CDI spec."""
         _ = self.config
-        if _needs_engine(changes):
+        if scope.engine:
             _ = self.engine
-        if not _needs_driver(changes):
+        if not scope.driver:
             return _Sources(None, None)
         return _Sources(stack.enter_context(nvml.session()), self.cdi.nvidia_spec())
 
-    def _observe(self, changes: Sequence[Change], now: Ledger, sources: _Sources) -> Observation:
-        if not _needs_engine(changes):
+    def _observe(self, changes: Sequence[Change], scope: _Scope, now: Ledger, sources: _Sources) -> Observation:
+        if not scope.engine:
             return self._observer.without_engine(sources.driver)
         return self.look(now, sources.driver, {change.name.full for change in changes if change.state == "held"})
 
-    def _plan(self, changes: Sequence[Change], before: Ledger, seen: Observation, sources: _Sources) -> _Plan:
+    def _plan(
+        self, changes: Sequence[Change], scope: _Scope, before: Ledger, seen: Observation, sources: _Sources
+    ) -> _Plan:
+        """The decisions; where the limits file says so, with GPUs cut for requests that nothing else serves."""
+        plan = self._decided(changes, scope, before, seen, sources)
+        if self.config.gpu.mig_strategy != "dynamic" or not sources.driver or not _may_need_cuts(plan, before):
+            return plan
+        from . import on_demand  # a host whose GPUs stay as they are does without
+
+        gpus = [gpu for gpu in sources.driver.layout(seen.inventory) if on_demand.is_open(gpu)]
+        return self._decided(changes, scope, before, seen, sources, gpus)
+
+    def _decided(
+        self,
+        changes: Sequence[Change],
+        scope: _Scope,
+        before: Ledger,
+        seen: Observation,
+        sources: _Sources,
+        cuttable: Sequence[GpuState] = (),
+    ) -> _Plan:
         """Fold the decisions over the ledger, each device of it named as it is called now."""
         time, boot = self.clock(), processes.boot_id()
         now = resolved(before, seen.inventory)
-        due = self._due(now, changes, seen, time) if _allocating(changes) else []
+        due = self._due(now, changes, seen, time) if scope.due else []
         for outcome in due:
             now = after(now, outcome)
         situation = self.situation(now, seen, time)
         # Those who are gone leave the ledger too: whoever waits again for the same container stands anew.
         waiting = situation.queue
-        situation = replace(situation, ledger=replace(now, queue=waiting))
+        situation = replace(situation, ledger=replace(now, queue=waiting), cuttable=cuttable)
         outcomes = []
         for change in changes:
             others = other_containers(change.name, seen.containers, situation.ledger)
@@ -388,7 +506,7 @@ class Allocations:
             outcome = self._projectable(outcome, sources.spec)
             situation = _followed(situation, outcome)
             outcomes.append(outcome)
-        final = situation.ledger
+        final = _without_uncut(situation.ledger, outcomes)
         # Only what was looked up in this boot may be projected in it.
         rebooted = bool(sources.driver and before.allocations) and before.boot_id != boot
         same = (final.allocations, final.queue) == (before.allocations, waiting)
@@ -398,7 +516,11 @@ class Allocations:
             final = replace(final, boot_id=boot)
         if _differs(final, before):
             final = replace(final, engine_id=seen.engine_id or before.engine_id)
-        return _Plan(outcomes, due, final, sources.spec, time, rebooted)
+        cuts = {index: layout for outcome in outcomes for index, layout in outcome.cuts.items()}
+        moved = _moved(before, final)
+        mended = self.misprojected(final, seen.inventory, sources.spec) if scope.mend else []
+        mended = [container for container in mended if container not in moved]
+        return _Plan(outcomes, due, final, sources.spec, time, rebooted, cuts, mended)
 
     def _due(self, now: Ledger, changes: Sequence[Change], seen: Observation, time: datetime) -> list[Outcome]:
         """What is over or was seen to have changed; whoever asks again keeps his."""
@@ -407,7 +529,7 @@ class Allocations:
 
     def _projectable(self, outcome: Outcome, spec: Mapping[str, Any] | None) -> Outcome:
         """A grant that NVIDIA's CDI spec cannot carry would never start: refuse it instead."""
-        if not _granting(outcome) or outcome.allocation is None:
+        if not _granting(outcome) or outcome.allocation is None or outcome.is_uncut:
             return outcome
         if spec is None and engine.disabled():
             return replace(outcome, warnings=("No NVIDIA CDI spec on this host: no CDI device was written.",))
@@ -454,8 +576,36 @@ def _moved(before: Ledger, after_: Ledger) -> list[str]:
     return sorted(name for name in had if has.get(name) != had[name])
 
 
+def _may_need_cuts(plan: _Plan, before: Ledger) -> bool:
+    """Whether it could be otherwise on a host that cuts GPUs on demand. Those who wait may wait for a cut."""
+    reasons = (*placement.NONE_FREE, "profile_not_available")
+    unserved = any(o.given_up or (not o.ok and o.reason in reasons) for o in plan.outcomes)
+    return unserved or bool(before.queue)
+
+
+def _without_uncut(now: Ledger, outcomes: Sequence[Outcome]) -> Ledger:
+    """The ledger as long as nothing is cut."""
+    before: dict[str, Allocation | None] = {}
+    for outcome in outcomes:
+        if outcome.is_uncut:
+            before.setdefault(outcome.name.full, outcome.before)
+    for container, allocation in before.items():
+        now = now.with_allocation(allocation) if allocation else now.without(container)
+    return now
+
+
+def _not_cut(outcome: Outcome, exc: Ds01Error) -> Outcome:
+    """The refusal of a request for which no GPU could be cut."""
+    message = f"No device could be cut for {outcome.name.full}: {exc.message}"
+    return refused(outcome.name, Refusal(exc.reason, message, exc.hint), outcome.before)
+
+
 def _followed(situation: placement.Situation, outcome: Outcome) -> placement.Situation:
     """The situation once the outcome is carried out."""
+    if outcome.cuts:
+        from . import on_demand
+
+        situation = on_demand.imagined(situation, outcome.cuts)
     now = after(situation.ledger, outcome)
     return situation if now is situation.ledger else replace(situation, ledger=now, queue=now.queue)
 
@@ -468,9 +618,26 @@ def _allocating(changes: Sequence[Change]) -> bool:
     return any(change.state == "allocated" for change in changes)
 
 
+def _scope_of(changes: Sequence[Change]) -> _Scope:
+    """What a batch of requests has to look at."""
+    return _Scope(_needs_engine(changes), _needs_driver(changes), _allocating(changes))
+
+
+def _everything() -> _Scope:
+    return _Scope(engine=not engine.disabled(), driver=True, due=True, mend=True)
+
+
 def _needs_engine(changes: Sequence[Change]) -> bool:
     """Whether it matters which containers exist and run: to all but a container that just started."""
     return not engine.disabled() and any(change.state != "active" for change in changes)
+
+
+def _granted(plan: _Plan) -> list[str]:
+    """The UUIDs of the devices that somebody gets by this."""
+    granted = [
+        o.allocation for o in plan.outcomes if o.ok and o.reason == "granted" and not o.is_uncut and o.allocation
+    ]
+    return [device.uuid for allocation in granted for device in allocation.devices]
 
 
 def _granting(outcome: Outcome) -> bool:
@@ -483,7 +650,7 @@ def _to_project(plan: _Plan, before: Ledger) -> Iterator[Allocation]:
     asked = {o.name.full for o in plan.outcomes if _granting(o)}
     for name, allocation in plan.ledger.allocations.items():
         known = before.allocations.get(name)
-        if plan.rebooted or name in asked or (known and known.devices != allocation.devices):
+        if plan.rebooted or name in asked or name in plan.mended or (known and known.devices != allocation.devices):
             yield allocation
 
 

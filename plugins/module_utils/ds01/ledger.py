@@ -39,9 +39,16 @@ class Transaction:
         """Make `ledger` the truth, durably. False, and the file untouched, when nothing changed."""
         if _content(ledger) == _content(self.ledger):
             return False
+        self._write(ledger, now)
+        return True
+
+    def renew(self, now: datetime) -> None:
+        """The same as a new generation: whoever decided on the one before, for other devices, looks again."""
+        self._write(self.ledger, now)
+
+    def _write(self, ledger: Ledger, now: datetime) -> None:
         self.ledger = replace(ledger, generation=self.ledger.generation + 1, last_updated=now)
         self._store.write(self.ledger)
-        return True
 
 
 def _readable(document: Mapping[str, Any]) -> bytes:

@@ -8,9 +8,17 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from fractions import Fraction
 from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .mig import Placed
 
 FULL = "full"
 """The profile of a GPU that is not cut: the whole device."""
+
+NEW = "new"
+"""What a MIG device that is yet to be cut has for its index: `0:new`."""
+_AFTER_ALL = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -34,11 +42,16 @@ class Device:
     def index(self) -> tuple[int, int]:
         """(GPU index, MIG device index or -1): numbers, so that 10 sorts after 2."""
         gpu, _, mig = self.id.partition(":")
-        return int(gpu), int(mig) if mig else -1
+        return int(gpu), _AFTER_ALL if mig == NEW else int(mig) if mig else -1
 
     @property
     def is_full(self) -> bool:
         return self.profile == FULL
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it is yet to be cut."""
+        return self.id.endswith(f":{NEW}")
 
 
 @dataclass(frozen=True)
@@ -197,10 +210,12 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Grant:
-    """The devices, and the holds that gave way to it."""
+    """The devices, and the holds that gave way to it. `cuts` says how GPUs, by index, have to be cut first:
+    devices of theirs are `0:new` until then."""
 
     devices: tuple[Device, ...]
     given_up: tuple[Allocation, ...] = ()
+    cuts: Mapping[int, Placed] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

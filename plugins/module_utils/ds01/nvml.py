@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import Ds01Error
 from .libraries import require
@@ -19,7 +19,11 @@ from .model import FULL, Device, Gpu, Inventory
 if TYPE_CHECKING:
     from . import mig
 
+_T = TypeVar("_T")
+
 _MAX_GI_PROFILES = 64
+_READS = 5
+"""How often a GPU is read that somebody cuts at the same time."""
 _MIB = 1024**2
 _NO_INSTANCE = 0xFFFFFFFF
 """What NVML reports as the instance of a process that runs in none."""
@@ -73,6 +77,14 @@ class Nvml:
         version = self._optional(self._n.nvmlSystemGetDriverVersion, "")
         return Inventory(tuple(gpus), tuple(devices), version)
 
+    def has(self, uuids: Iterable[str]) -> bool:
+        """Whether these devices are there as they were listed: a GPU only while its MIG mode is off."""
+        try:
+            handles = [self._n.nvmlDeviceGetHandleByUUID(uuid) for uuid in uuids]
+        except self._n.NVMLError:
+            return False
+        return not any(self._optional(self._n.nvmlDeviceGetMigMode, (0, 0), handle)[0] for handle in handles)
+
     def processes(self, inventory: Inventory) -> dict[str, tuple[int, ...]]:
         """Device UUID -> pids of the compute processes on it, as the host numbers them; absent: none.
 
@@ -86,7 +98,7 @@ class Nvml:
         for gpu in inventory.gpus:
             devices = [d for d in inventory.devices if d.gpu_uuid == gpu.uuid]
             try:
-                found.update(self._processes(gpu.index, devices))
+                found.update(self._steadily(self._processes, gpu.index, devices))
             except self._n.NVMLError_NotSupported:
                 continue
             except self._n.NVMLError as exc:
@@ -109,6 +121,7 @@ class Nvml:
         if gpu.health == "lost":
             return lost
         try:
+            devices = [d for d in inventory.devices if d.gpu_uuid == gpu.uuid]
             handle = self._n.nvmlDeviceGetHandleByIndex(gpu.index)
             mode = self._optional(self._n.nvmlDeviceGetMigMode, None, handle)
             table = mig.Table(tuple(self._profile(handle, info) for info in self._profiles(handle).values()))
@@ -118,7 +131,7 @@ class Nvml:
                 name=gpu.name,
                 mig=gpu.mig,
                 table=table,
-                instances=self._instances(handle, table, [d for d in inventory.devices if d.gpu_uuid == gpu.uuid]),
+                instances=self._steadily(self._instances, handle, table, devices),
                 pending=bool(mode[1]) if mode else None,
                 capable=mode is not None,
                 model_id=self._n.nvmlDeviceGetPciInfo(handle).pciDeviceId,
@@ -156,7 +169,7 @@ class Nvml:
     def _instances(self, handle: Any, table: mig.Table, devices: Sequence[Device]) -> tuple[mig.Instance, ...]:
         from . import mig
 
-        inside = self._devices_by_instance(handle, [d for d in devices if not d.is_full])
+        inside = self._devices_by_instance([d for d in devices if not d.is_full])
         names = {p.id: p.name for p in table.profiles}
         found = []
         for info in (self._n.nvmlGpuInstanceGetInfo(gi) for p in table.profiles for gi in self._listed(handle, p)):
@@ -174,13 +187,18 @@ class Nvml:
             )
         return tuple(sorted(found, key=lambda i: (i.start, i.id)))
 
-    def _devices_by_instance(self, handle: Any, devices: Sequence[Device]) -> dict[int, list[Device]]:
+    def _devices_by_instance(self, devices: Sequence[Device]) -> dict[int, list[Device]]:
         """The MIG devices of each GPU instance, by its id."""
         found: dict[int, list[Device]] = {}
         for device in devices:
-            mig_handle = self._n.nvmlDeviceGetMigDeviceHandleByIndex(handle, device.index[1])
-            found.setdefault(self._n.nvmlDeviceGetGpuInstanceId(mig_handle), []).append(device)
+            mig_handle = self._mig_handle(device)
+            if mig_handle is not None:
+                found.setdefault(self._n.nvmlDeviceGetGpuInstanceId(mig_handle), []).append(device)
         return found
+
+    def _mig_handle(self, device: Device) -> Any | None:
+        """By UUID: at its index there may be another one by now. None where it is gone."""
+        return self._optional(self._n.nvmlDeviceGetHandleByUUID, None, device.uuid)
 
     def _listed(self, handle: Any, profile: mig.Profile) -> list[Any]:
         """The instances of one profile; none while MIG is off."""
@@ -197,14 +215,16 @@ class Nvml:
         running = self._n.nvmlDeviceGetComputeRunningProcesses(handle)
         found = {}
         for device in devices if running else ():
-            here = running if device.is_full else self._inside(handle, device, running)
+            here = running if device.is_full else self._inside(device, running)
             if here:
                 found[device.uuid] = tuple(sorted({process.pid for process in here}))
         return found
 
-    def _inside(self, handle: Any, device: Device, running: Sequence[Any]) -> list[Any]:
+    def _inside(self, device: Device, running: Sequence[Any]) -> list[Any]:
         """Those of a GPU's processes that run in a MIG device, or of which the driver does not say where."""
-        mig = self._n.nvmlDeviceGetMigDeviceHandleByIndex(handle, device.index[1])
+        mig = self._mig_handle(device)
+        if mig is None:
+            return []
         gi, ci = self._n.nvmlDeviceGetGpuInstanceId(mig), self._n.nvmlDeviceGetComputeInstanceId(mig)
         return [
             process
@@ -215,12 +235,19 @@ class Nvml:
     def _gpu(self, index: int) -> tuple[Gpu, list[Device]]:
         try:
             handle = self._n.nvmlDeviceGetHandleByIndex(index)
-            return self._readable_gpu(index, handle)
+            return self._steadily(self._readable_gpu, index, handle)
         except self._n.NVMLError as exc:
             if not _lost(exc):
                 raise _unreadable(index, exc) from None
             reason = f"the driver lost this GPU ({exc})"
             return Gpu(index, "", "unknown", index, False, 0, "lost", reason), []
+
+    def _steadily(self, read: Callable[..., _T], *args: Any) -> _T:
+        """What is read of a GPU that somebody may cut meanwhile: an instance that goes in between is not found."""
+        for _ in range(_READS - 1):
+            with contextlib.suppress(self._n.NVMLError_NotFound):
+                return read(*args)
+        return read(*args)
 
     def _readable_gpu(self, index: int, handle: Any) -> tuple[Gpu, list[Device]]:
         n = self._n

@@ -1,7 +1,8 @@
 """GPUs cut anew for a request that nothing else can serve (`mig_strategy: dynamic`). Pure.
 
 Instances in use are never touched, and the mode of a GPU never changes: what may go is what nobody has
-or uses, as few of it as possible.
+or uses, as few of it as possible. Whether a cut is worth making is decided as everything else is, as if
+it were made: so limits, reservations and those who wait longer count as ever.
 """
 
 from __future__ import annotations
@@ -9,9 +10,139 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
-from .mig import GpuState, Instance, Placed, Profile, free_run, mask, room
+from . import placement
+from .limits import Limits
+from .mig import GpuState, Holder, Instance, Placed, Profile, free_run, mask, room
+from .model import NEW, Device, Grant, Refusal, Request
+
+_IN_USE = (Holder("", what="in use"),)
+
+
+def grant(request: Request, limits: Limits, situation: placement.Situation) -> Grant | None:
+    """What the request is granted once GPUs are cut for it: with those cuts, and no hold given up. None:
+    no cut helps, or the profile is not for the request to choose."""
+    profile = placement.wanted_profile(request, situation)
+    more = request.gpus - len(placement.candidates(request, limits, situation))
+    gpus = [_held(gpu, situation) for gpu in situation.cuttable if _may_cut(gpu, profile, limits, situation)]
+    booked = [gpu for gpu in gpus if _is_booked(gpu, profile, limits, situation)]
+    for group in (booked, gpus):
+        cuts = cut_for(group, profile, more, situation.ledger.load, situation.policy.strategy)
+        decision = placement.decide(request, limits, imagined(situation, cuts)) if cuts else None
+        if isinstance(decision, Grant):
+            return replace(decision, cuts=cuts)
+    return None
+
+
+def imagined(situation: placement.Situation, cuts: Mapping[int, Placed]) -> placement.Situation:
+    """The situation once these GPUs are cut so: what is dissolved is gone, new devices are called `0:new`."""
+    now = {gpu.index: gpu for gpu in situation.cuttable}
+    after = {index: _cut(now[index], layout) for index, layout in cuts.items()}
+    gone = {
+        uuid for index in cuts for i in now[index].instances if i not in after[index].instances for uuid in i.devices
+    }
+    stays = [d for d in situation.inventory.devices if d.uuid not in gone]
+    new = [_device(gpu, i) for gpu in after.values() for i in gpu.instances if i not in now[gpu.index].instances]
+    return replace(
+        situation,
+        inventory=replace(situation.inventory, devices=(*stays, *new)),
+        cuttable=tuple(after.get(gpu.index, gpu) for gpu in situation.cuttable),
+    )
+
+
+def room_kept(
+    request: Request, limits: Limits, situation: placement.Situation, decision: Grant | Refusal
+) -> frozenset[str]:
+    """What is kept, besides its devices, for a request that waits: the GPUs that are to be cut for it, with
+    all that is unused there; while there is no room, one for each device, so that it becomes empty there.
+    By UUID, of GPUs and of devices."""
+    indices = set(decision.cuts) if isinstance(decision, Grant) else _fewest_in_the_way(request, limits, situation)
+    gpus = {gpu.uuid for gpu in situation.cuttable if gpu.index in indices}
+    return frozenset(gpus).union(d.uuid for d in situation.inventory.devices if d.gpu_uuid in gpus)
+
+
+def _fewest_in_the_way(request: Request, limits: Limits, situation: placement.Situation) -> set[int]:
+    profile = placement.wanted_profile(request, situation)
+    gpus = [_held(gpu, situation) for gpu in situation.cuttable if _may_cut(gpu, profile, limits, situation)]
+
+    def in_the_way(gpu: GpuState) -> int:
+        used = [mask(i.start, i.size) for i in gpu.instances if i.holders]
+        places = (bits for _, bits in gpu.table.by_name[profile].masks)
+        return min((sum(bool(bits & taken) for taken in used) for bits in places), default=len(used))
+
+    ranked = sorted(gpus, key=lambda gpu: (in_the_way(gpu), gpu.index))
+    return {gpu.index for gpu in ranked[: request.gpus]}
+
+
+def _may_cut(gpu: GpuState, profile: str, limits: Limits, situation: placement.Situation) -> bool:
+    """Whether the request may have this GPU cut. Not where the room is kept, or booked for somebody else;
+    nor where a reservation means one of its MIG devices, which another cut would call otherwise, or a
+    device of an allocation is missing, which belongs there."""
+    probe = _probe(gpu, profile)
+    if profile not in gpu.table.by_name or gpu.uuid in situation.kept:
+        return False
+    here = [d for d in situation.inventory.devices if d.gpu_uuid == gpu.uuid]
+    named = {name for d in here for name in (d.id, d.uuid)}
+    pinned = (
+        r.end > situation.now and any(d in named or d.startswith(f"{gpu.index}:") for d in r.devices)
+        for r in situation.reservations
+    )
+    recorded = (d for a in situation.ledger.allocations.values() for d in a.devices if d.gpu_uuid == gpu.uuid)
+    missing = (situation.inventory.find(d) is None for d in recorded)
+    return not (any(pinned) or any(missing) or placement.bookings(probe, limits, situation))
+
+
+def _is_booked(gpu: GpuState, profile: str, limits: Limits, situation: placement.Situation) -> bool:
+    """Whether this GPU is booked for this user now."""
+    probe = _probe(gpu, profile)
+    return any(r.user == limits.user and r.covers(situation.now) and r.names(probe) for r in situation.reservations)
+
+
+def _probe(gpu: GpuState, profile: str) -> Device:
+    """A device as it would be cut out of this GPU."""
+    return Device(f"{gpu.index}:{NEW}", f"{NEW}-{gpu.uuid}", gpu.uuid, profile)
+
+
+def _held(gpu: GpuState, situation: placement.Situation) -> GpuState:
+    """The GPU with everything marked that may not be dissolved: allocated, held, in use, or kept."""
+    free = {
+        d.uuid
+        for d in situation.inventory.devices
+        if d.gpu_uuid == gpu.uuid
+        and not (situation.ledger.holder_of(d) or d.uuid in situation.occupied or d.uuid in situation.kept)
+    }
+    marked = (i if free.issuperset(i.devices) else replace(i, holders=_IN_USE) for i in gpu.instances)
+    return replace(gpu, instances=tuple(marked))
+
+
+def _cut(gpu: GpuState, layout: Placed) -> GpuState:
+    """The GPU cut so."""
+    there = {i.key: i for i in gpu.instances if i.whole}
+    return replace(gpu, instances=tuple(there.get(key) or _instance(gpu, *key) for key in layout.instances))
+
+
+def _instance(gpu: GpuState, profile: str, start: int) -> Instance:
+    uuid = f"{NEW}-{gpu.uuid}-{profile}@{start}"
+    return Instance(-1, profile, start, gpu.table.by_name[profile].size, (uuid,))
+
+
+def _device(gpu: GpuState, instance: Instance) -> Device:
+    profile = gpu.table.by_name[instance.profile]
+    share = Fraction(profile.slices, max(p.slices for p in gpu.table.profiles))
+    return Device(
+        id=f"{gpu.index}:{NEW}",
+        uuid=instance.uuid,
+        gpu_uuid=gpu.uuid,
+        profile=profile.name,
+        placement=instance.placement,
+        equivalents=share,
+        memory_mib=profile.memory_mib,
+    )
+
+
+# --- which layout
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 from . import units
 from .limits import GpuPolicy, Limits, Reservation, number_text
 from .model import FULL, Allocation, Device, Grant, Inventory, Ledger, Refusal, Request, Waiter
+
+if TYPE_CHECKING:
+    from .mig import GpuState
 
 NONE_FREE = ("no_gpu_available", "reserved", "gpu_unhealthy")
 """Reasons that another free device would change."""
@@ -37,7 +41,8 @@ class Situation:
     are paused) now; `hold_end` says when a held allocation runs out (None: not before it is
     released). By device UUID: `occupied` says who uses a device without DS01, `kept` are devices for
     those who wait longer, `preferred` are taken first, in that order. `queue` holds who waits, in order
-    of arrival; `reclaim` says that holds of lower priority give way.
+    of arrival; `reclaim` says that holds of lower priority give way. `cuttable` are GPUs that may be cut
+    anew where nobody uses them; in `kept` a GPU's UUID keeps its room.
     """
 
     ledger: Ledger
@@ -53,6 +58,7 @@ class Situation:
     preferred: Mapping[str, int] = field(default_factory=dict)
     queue: Sequence[Waiter] = ()
     reclaim: bool = True
+    cuttable: Sequence[GpuState] = ()
 
 
 def decide(request: Request, limits: Limits, situation: Situation) -> Grant | Refusal:
@@ -100,7 +106,7 @@ def _profile_allowed(wish: str, limits: Limits, situation: Situation, count: int
     if wish == ANY and not limits.allow_full_gpu and devices and all(d.is_full for d in devices):
         return _profile_allowed(FULL, limits, situation)
     there = sum(_fits(d, wish, limits) for d in devices)
-    if there < count:
+    if there < count and _attainable(wish, limits, situation) < count:
         profiles = sorted({d.profile for d in devices})
         return Refusal(
             "profile_not_available",
@@ -108,6 +114,15 @@ def _profile_allowed(wish: str, limits: Limits, situation: Situation, count: int
             f"It has: {', '.join(profiles) or 'no device at all'}.",
         )
     return None
+
+
+def _attainable(wish: str, limits: Limits, situation: Situation) -> int:
+    """How many such devices the host could have, were every GPU that may be cut cut into nothing else."""
+    there = Counter(d.gpu_uuid for d in situation.inventory.devices if _fits(d, wish, limits))
+    for gpu in situation.cuttable:
+        if wish in gpu.table.by_name:
+            there[gpu.uuid] = max(there[gpu.uuid], gpu.table.by_name[wish].most)
+    return there.total()
 
 
 def _count_allowed(request: Request, limits: Limits, situation: Situation) -> Refusal | None:
@@ -244,7 +259,7 @@ def _none_left(request: Request, wish: str, seen: _Seen, limits: Limits, situati
     ends = _ends(seen, limits, situation)
     return Refusal(
         "no_gpu_available",
-        f"No {what} is free: {_in_the_way(seen, situation)}.",
+        f"No {what} is free: {_in_the_way(wish, seen, situation)}.",
         f"The earliest hold or reservation ends at {units.format_time(min(ends))}."
         if ends
         else "Try again later, or let it wait (--wait 10m).",
@@ -283,8 +298,8 @@ def _reserved(what: str, seen: _Seen, limits: Limits, situation: Situation) -> R
     return Refusal("reserved", message, f"Try again after {units.format_time(end)}.", end, retry=True)
 
 
-def _in_the_way(seen: _Seen, situation: Situation) -> str:
-    """Why the fitting devices cannot be had, most of them first."""
+def _in_the_way(wish: str, seen: _Seen, situation: Situation) -> str:
+    """Why the fitting devices cannot be had, most of them first, and why no other is cut."""
     number = Counter(problem for _, problem in seen)
     seen = sorted(seen, key=lambda entry: entry[0].index)
     parts = [f"{number[TAKEN]} of {len(seen)} in use"] if number[TAKEN] else []
@@ -296,6 +311,11 @@ def _in_the_way(seen: _Seen, situation: Situation) -> str:
     parts += [f"{d.id} is {d.health}" for d, problem in seen if problem == UNHEALTHY]
     parts += [f"{number[BOOKED]} reserved"] if number[BOOKED] else []
     parts += [f"{number[KEPT]} kept for requests that wait"] if number[KEPT] else []
+    possible = [gpu for gpu in situation.cuttable if wish in gpu.table.by_name]
+    if any(gpu.uuid in situation.kept for gpu in possible):
+        parts.append("room is kept for requests that wait")
+    elif possible:
+        parts.append("no GPU has unused room for it")
     return ", ".join(parts)
 
 

@@ -13,7 +13,7 @@ from datetime import datetime
 
 from . import placement, takeover
 from .limits import Config, Limits, resolve
-from .model import Grant, Process, Waiter
+from .model import Grant, Process, Refusal, Waiter
 
 
 def alive(queue: Iterable[Waiter], now: datetime, lives: Callable[[Process], bool]) -> tuple[Waiter, ...]:
@@ -56,5 +56,15 @@ def keeping(waiters: Sequence[Waiter], config: Config, situation: placement.Situ
             kept = {d.uuid for d in takeover.within_reach(waiter.request, limits, situation)}
         else:
             continue  # nothing that may become free would help
+        if situation.cuttable:
+            kept |= _room_kept(waiter, limits, situation, decision)
         situation = replace(situation, kept={*situation.kept, *kept})
     return situation
+
+
+def _room_kept(
+    waiter: Waiter, limits: Limits, situation: placement.Situation, decision: Grant | Refusal
+) -> frozenset[str]:
+    from . import on_demand  # a host whose GPUs stay as they are does without
+
+    return on_demand.room_kept(waiter.request, limits, situation, decision)

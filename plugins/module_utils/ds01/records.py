@@ -66,7 +66,7 @@ def waiter_record(waiter: Waiter) -> dict[str, Any]:
 def device_record(device: Device) -> dict[str, Any]:
     return {
         "id": device.id,
-        "uuid": device.uuid,
+        "uuid": "" if device.is_new else device.uuid,
         "gpu_uuid": device.gpu_uuid,
         "profile": device.profile,
         "placement": list(device.placement) if device.placement else None,

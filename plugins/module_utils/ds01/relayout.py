@@ -20,13 +20,14 @@ from .cutter import Cutter, cutting
 from .errors import Ds01Error
 from .ledger import Transaction
 from .mig import GpuState, Holder
-from .model import Inventory, Ledger
+from .model import Device, Inventory, Ledger
 from .partitions import Cuts, Host, Planned, Wanted
 from .saved_layout import SavedLayout, layout_of
 from .transitions import resolved
 
 if TYPE_CHECKING:
     from .allocations import Allocations
+    from .observation import Observation
 
 Say = Callable[[str], None]
 
@@ -59,8 +60,14 @@ def apply(ds01: Allocations, wanted: Wanted, force: Collection[str] = (), say: S
         if _has_toolkit() and planned.recuts:
             toolkit.check()
         with pausing.paused(planned.services, ds01.paths.paused_services, say), ds01.store.transaction() as transaction:
-            if transaction.ledger != first:
-                planned = _foresee(ds01, driver, transaction.ledger, wanted, force)
+            if transaction.ledger.generation < first.generation:
+                raise Ds01Error(
+                    "ledger_unavailable", "The ledger was removed meanwhile.", "Run this again; nothing was changed."
+                )
+            # Until here others could cut, which shows in no ledger where nobody had the devices.
+            planned = _foresee(ds01, driver, transaction.ledger, wanted, force)
+            if not planned.changed:
+                return planned
             inventory = cut(ds01, driver, transaction, planned, say)
     return replace(planned, host=replace(planned.host, inventory=inventory))
 
@@ -103,7 +110,7 @@ def _repairs(ds01: Allocations, ledger: Ledger, planned: Planned) -> tuple[str, 
     now = resolved(ledger, inventory)
     if now != ledger:
         found.append("the ledger's devices have other names now")
-    if _has_toolkit() and not problem and ds01.misprojected(now, inventory):
+    if _has_toolkit() and not problem and ds01.misprojected(now, inventory, ds01.cdi.nvidia_spec()):
         found.append("CDI devices of containers are not what the ledger says")
     saved, same = ds01.saved_layout.read(), {plan.gpu for plan in planned.plans if not plan.changes}
     if _noted(saved, (gpu for gpu in planned.host.gpus if gpu.index in same)) != saved:
@@ -128,6 +135,17 @@ def _has_toolkit() -> bool:
     return toolkit.installed() or not engine.disabled()
 
 
+def cut_on_demand(
+    ds01: Allocations, driver: nvml.Nvml, transaction: Transaction, seen: Observation, cuts: Cuts
+) -> Inventory:
+    """Cut GPUs for requests that were decided under this lock; the devices afterwards. Raises Ds01Error as
+    `cut` does."""
+    planned = partitions.planned(partitions.host(ds01, driver, transaction.ledger, seen), cuts)
+    if _has_toolkit():
+        toolkit.check()
+    return cut(ds01, driver, transaction, planned)
+
+
 # --- under the lock
 
 
@@ -141,18 +159,27 @@ def cut(
     before, broken = transaction.ledger, set(planned.released)
     if broken:  # out of reach first: nobody starts on a device that is about to go
         ds01.carry_out(transaction, before.without(*broken), ds01.clock(), broken, stopped=broken)
-    gpus = {gpu.index: gpu for gpu in planned.host.gpus}
+    gpus, devices = {gpu.index: gpu for gpu in planned.host.gpus}, planned.host.inventory.devices
     try:
         with cutting(driver.library, say) as cutter:
             _carry_out(cutter, driver, planned)
     except BaseException as exc:
         # What was undone is back in its place, under another name.
         with contextlib.suppress(Ds01Error):
-            _settle(ds01, driver, transaction, before, broken)
+            _renew(ds01, transaction, devices, _settle(ds01, driver, transaction, before, broken))
         _record_refusal(ds01, planned, exc)
         raise _with_clients(exc, planned.host) from None
     _record(ds01, planned, before)
-    return _settle(ds01, driver, transaction, before, broken, [gpus[index].uuid for index in planned.cuts])
+    changed = [gpus[index].uuid for index in planned.cuts]
+    inventory = _settle(ds01, driver, transaction, before, broken, changed)
+    _renew(ds01, transaction, devices, inventory)
+    return inventory
+
+
+def _renew(ds01: Allocations, transaction: Transaction, before: Sequence[Device], after: Inventory) -> None:
+    """Whoever waits for the lock looked at the devices as they were before: let the ledger tell him."""
+    if after.devices != before:
+        transaction.renew(ds01.clock())
 
 
 def _carry_out(cutter: Cutter, driver: nvml.Nvml, planned: Planned) -> None:

@@ -1,8 +1,8 @@
 """Holds that give way: to their own owner's new request, to a higher priority, to a reservation. Pure.
 
 A hold is a device that nobody uses: its container stopped. It is taken only where a request cannot be
-granted otherwise, the longest-held first, and never from a container that runs. The container stays;
-its next start is given another device.
+granted otherwise, by cutting a GPU anew neither, the longest-held first, and never from a container that
+runs. The container stays; its next start is given another device.
 """
 
 from __future__ import annotations
@@ -18,17 +18,29 @@ from .model import Allocation, Device, Grant, Refusal, Request
 def decide(
     request: Request, limits: Limits, situation: placement.Situation, *, reuse_held: bool = False
 ) -> Grant | Refusal:
-    """`placement.decide`, and where that refuses, with holds given up: all the devices, or none.
+    """`placement.decide`, and where that refuses, with GPUs cut for it, else with holds given up: all the
+    devices, or none.
 
     `reuse_held` gives up the user's own holds as well; without it the refusal offers that.
     """
     decision = placement.decide(request, limits, situation)
     if isinstance(decision, Grant):
         return decision
+    cut = _cut(request, limits, situation, decision)
+    if cut:
+        return cut
     if reuse_held:
         return _giving_up(request, limits, situation, decision, [*_own(limits, situation), *_others(limits, situation)])
     with_others = _giving_up(request, limits, situation, decision, [*_others(limits, situation)])
     return with_others if isinstance(with_others, Grant) else _offering(request, limits, situation, decision)
+
+
+def _cut(request: Request, limits: Limits, situation: placement.Situation, refusal: Refusal) -> Grant | None:
+    if not situation.cuttable or refusal.reason not in (*placement.NONE_FREE, "profile_not_available"):
+        return None
+    from . import on_demand  # a host whose GPUs stay as they are does without
+
+    return on_demand.grant(request, limits, situation)
 
 
 def within_reach(request: Request, limits: Limits, situation: placement.Situation) -> list[Device]:

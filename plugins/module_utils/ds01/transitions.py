@@ -6,15 +6,18 @@ ledger, so that each change sees what those before it took.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import names, placement, queueing, records, takeover, units
 from .errors import invalid_input
 from .limits import Config, Limits, gpu_hold, resolve
 from .model import Allocation, Device, Grant, Inventory, Ledger, Refusal, Request, Ticket, Waiter
+
+if TYPE_CHECKING:
+    from .mig import Placed
 
 STOP_HINT = "Stop it with playbooks/container_stop.yml, or remove it with playbooks/container_remove.yml."
 STATES = ("allocated", "held", "active", "released")
@@ -64,8 +67,9 @@ class Change:
 class Outcome:
     """What became of one change. `ok` is False for a refusal; `before` is the former allocation.
 
-    `given_up` are holds that gave way. `waiter` is the entry in the queue of a request that waits from
-    now on (`joined`) or still does, at this `position` (1 is served next).
+    `given_up` are holds that gave way. `cuts` says how GPUs, by index, have to be cut before it is so.
+    `waiter` is the entry in the queue of a request that waits from now on (`joined`) or still does, at
+    this `position` (1 is served next).
     """
 
     name: names.ContainerName
@@ -78,6 +82,7 @@ class Outcome:
     available_at: datetime | None = None
     warnings: tuple[str, ...] = ()
     given_up: tuple[Allocation, ...] = ()
+    cuts: Mapping[int, Placed] = field(default_factory=dict)
     ticket: Ticket | None = None
     waiter: Waiter | None = None
     joined: bool = False
@@ -86,6 +91,11 @@ class Outcome:
     @property
     def changed(self) -> bool:
         return self.allocation != self.before
+
+    @property
+    def is_uncut(self) -> bool:
+        """Whether a device of the allocation is yet to be cut."""
+        return self.allocation is not None and any(d.is_new for d in self.allocation.devices)
 
     def result(self) -> dict[str, Any]:
         """The outcome as JSON (`--json`, module results)."""
@@ -317,8 +327,8 @@ def _granted(
         allocated_at=situation.now,
         pending_since=situation.now,
     )
-    what = ", ".join(f"{d.id} ({d.profile})" for d in allocation.devices)
-    message = f"Allocated {what} to {allocation.container}{because}."
+    message = f"Allocated {_listed(allocation)} to {allocation.container}{because}."
+    message += "".join(f" GPU {index} is cut for it: {layout}." for index, layout in sorted(grant.cuts.items()))
     if grant.given_up:
         gone = ", ".join(f"{a.container} ({a.gpu_id}, priority {a.priority})" for a in grant.given_up)
         message += f" Gave up for it: the hold of {gone}."
@@ -330,7 +340,27 @@ def _granted(
         before=current,
         warnings=_not_raised(change, limits),
         given_up=grant.given_up,
+        cuts=grant.cuts,
     )
+
+
+def _listed(allocation: Allocation) -> str:
+    return ", ".join(f"{d.id} ({d.profile})" for d in allocation.devices)
+
+
+def bound(outcome: Outcome, inventory: Inventory) -> Outcome:
+    """The outcome once GPUs were cut: with the devices that are in its devices' places, as they are called now."""
+    allocation, before = _located(outcome.allocation, inventory), _located(outcome.before, inventory)
+    message = outcome.message
+    if outcome.allocation and allocation:
+        message = message.replace(_listed(outcome.allocation), _listed(allocation), 1)
+    return replace(outcome, allocation=allocation, before=before, message=message, cuts={})
+
+
+def _located(allocation: Allocation | None, inventory: Inventory) -> Allocation | None:
+    if allocation is None:
+        return None
+    return replace(allocation, devices=tuple(inventory.locate(d) or d for d in allocation.devices))
 
 
 def _not_raised(change: Change, limits: Limits) -> tuple[str, ...]:

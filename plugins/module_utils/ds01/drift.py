@@ -1,0 +1,103 @@
+"""What a server's containers and devices are, against what they should be: what reconcile does about it. Pure.
+
+Level-triggered: everything follows from how things are now, nothing from what happened before, so it may run
+at any time, and a second run right after the first finds nothing to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from . import units
+from .limits import Config, resolve
+from .transitions import Outcome
+
+_KINDS = {"held": "gpu.held", "active": "gpu.active", "expired": "gpu.released"}
+
+
+@dataclass(frozen=True)
+class Action:
+    """One thing that is done, or reported: what, on what, for whom, and a sentence for people."""
+
+    kind: str
+    subject: str
+    message: str
+    user: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """The action as JSON (`ds01 reconcile --json`, module results)."""
+        return {
+            "kind": self.kind,
+            "subject": self.subject,
+            "user": self.user or None,
+            "msg": self.message,
+            **self.details,
+        }
+
+
+@dataclass(frozen=True)
+class Box:
+    """One of DS01's containers. `finished_at` is when it last stopped; None: it never ran, or nobody asked."""
+
+    name: str
+    user: str
+    status: str
+    created_at: datetime | None = None
+    finished_at: datetime | None = None
+
+
+def of_outcome(outcome: Outcome) -> Action:
+    """What became of an allocation by itself, as an action."""
+    return Action(_KINDS[outcome.reason], outcome.name.full, outcome.message, outcome.name.user)
+
+
+def of_projection(container: str, user: str) -> Action:
+    """A CDI device that was not what the ledger says."""
+    return Action("cdi.mended", container, f"The CDI device of {container} was not what the ledger says.", user)
+
+
+def overdue(boxes: Iterable[Box], config: Config, now: datetime) -> Iterator[Action]:
+    """The containers whose time is over: made and never started, or stopped long enough ago."""
+    for box in boxes:
+        why = _over(box, config, now)
+        if why:
+            yield Action("container.removed", box.name, f"{box.name} is removed: {why}.", box.user)
+
+
+def may_be_overdue(box: Box, config: Config, now: datetime) -> bool:
+    """Whether it is worth asking the engine when a stopped container stopped: it did so after it was made."""
+    hold = resolve(config, box.user).container_hold_after_stop
+    return box.status in _STOPPED and hold is not None and not _is_younger(box.created_at, hold, now)
+
+
+_STOPPED = ("exited", "dead")
+
+
+def _over(box: Box, config: Config, now: datetime) -> str:
+    timeout = config.policies.created_timeout
+    if box.status == "created":
+        if timeout is None or box.created_at is None or _is_younger(box.created_at, timeout, now):
+            return ""
+        return f"it was made at {units.format_time(box.created_at)} and never started"
+    hold = resolve(config, box.user).container_hold_after_stop
+    if box.status not in _STOPPED or hold is None or box.finished_at is None:
+        return ""
+    if _is_younger(box.finished_at, hold, now):
+        return ""
+    stopped = units.format_time(box.finished_at)
+    return f"it stopped at {stopped}, and {box.user}'s stopped containers are kept for {units.format_duration(hold)}"
+
+
+def _is_younger(since: datetime | None, than: timedelta, now: datetime) -> bool:
+    return since is not None and now - since < than
+
+
+def unmanaged(occupied: Mapping[str, str], ids: Mapping[str, str]) -> Iterator[Action]:
+    """Who uses devices without DS01: `occupied` by device UUID, `ids` names the devices (`0:1`)."""
+    for uuid, who in sorted(occupied.items(), key=lambda item: ids.get(item[0], item[0])):
+        device = ids.get(uuid, uuid)
+        yield Action("unmanaged.seen", device, f"Device {device} is used without DS01 by {who}.", details={"by": who})

@@ -1,0 +1,111 @@
+"""After a reboot: the saved layout again, in the same places, whatever the GPUs are called now."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from sim_server import Server, Start, needs_sim, start  # noqa: F401 - start is a fixture
+
+pytestmark = needs_sim
+
+MIXED = "2g.20gb,2g.20gb,1g.10gb"
+HOPPER = "1g.10gb,3g.40gb"
+
+
+@pytest.fixture
+def server(start: Start) -> Server:  # noqa: F811
+    """An A100, which keeps its MIG mode over a reboot, and an H100, which does not; alice is on the first, bob on
+    the second."""
+    made = start("A100-SXM4-80GB,H100-SXM5-80GB")
+    made.apply(g0=MIXED, g1=HOPPER)
+    assert made.allocate("p._.alice", "2g.20gb").ok
+    assert made.allocate("q._.bob", "3g.40gb").ok
+    made.report("held", "q._.bob")
+    return made
+
+
+def gpus_of(server: Server) -> dict[str, str]:
+    """The UUID of the GPU that each container's device is on, by the ledger."""
+    records = json.loads(server.host.ledger.read_bytes())["allocations"]
+    return {name: record["devices"][0]["gpu_uuid"] for name, record in records.items()}
+
+
+@pytest.mark.parametrize("swap", [False, True], ids=["as before", "swapped"])
+def test_everything_is_back(swap: bool, server: Server) -> None:
+    cuts, before, where = server.cuts(), server.ledger(), gpus_of(server)
+    server.boot(*(["swap=0:1"] if swap else []))
+    assert server.projected() == {}
+    assert not server.allocate("r._.dan", "1g.10gb").ok, "nothing is offered before"
+    restored = server.restore()
+    assert (restored.changed, restored.problems) == (True, ())
+    assert server.cuts() == (cuts[::-1] if swap else cuts)
+    assert gpus_of(server) == where
+    assert server.ledger().keys() == before.keys()
+    assert not {u for uuids in server.ledger().values() for u in uuids} & {u for us in before.values() for u in us}
+    server.check_all_done()
+    assert server.allocate("r._.dan", "1g.10gb").ok
+
+
+def test_a_second_restore_does_nothing(server: Server) -> None:
+    server.boot()
+    server.restore()
+    written, log = server.written(), server.host.events.read_bytes()
+    server.calls.clear()
+    restored = server.restore()
+    assert (restored.changed, restored.problems) == (False, ())
+    assert (server.calls.writes, server.calls.made.count("nvmlInit")) == ([], 1)
+    assert (server.written(), server.host.events.read_bytes()) == (written, log)
+
+
+def test_a_gpu_that_cannot_be_cut_keeps_no_other_from_it(server: Server) -> None:
+    """The H100's mode is off, and somebody uses it."""
+    cuts = server.cuts()
+    server.boot("busy=1")
+    restored = server.restore()
+    assert "GPU 1" in " ".join(restored.problems)
+    assert server.cuts() == [cuts[0], "off"]
+    assert server.projected().keys() == {"p._.alice"}
+    assert server.ledger().keys() == {"p._.alice", "q._.bob"}, "bob's hold waits for his GPU"
+    given = server.allocate("r._.dan", "full")
+    assert not given.ok, "a GPU that should be cut is offered to nobody"
+    server.simulate("idle=1")
+    assert server.restore().problems == ()
+    assert server.cuts() == cuts
+    server.check_all_done()
+
+
+def test_a_gpu_that_is_lost_at_boot(server: Server) -> None:
+    cuts, lost = server.cuts(), gpus_of(server)["q._.bob"]
+    server.boot()
+    server.simulate("lost=1")
+    restored = server.restore()
+    assert lost in " ".join(restored.problems)
+    assert server.cut(0) == cuts[0]
+    server.check_nothing_false()
+    server.simulate("found=1")
+    assert server.restore().problems == ()
+    assert server.cuts() == cuts
+    server.check_all_done()
+
+
+def test_what_somebody_cut_before_is_put_right(server: Server) -> None:
+    """Another tool was faster at boot, with another layout; nobody uses it."""
+    cuts = server.cuts()
+    server.boot()
+    server.somebody_cuts(0, "7g.80gb", 0)
+    restored = server.restore()
+    assert (server.cuts(), restored.problems) == (cuts, ())
+    server.check_all_done()
+
+
+def test_what_is_in_use_is_left_and_told(server: Server) -> None:
+    cuts = server.cuts()
+    server.boot()
+    server.somebody_cuts(0, "7g.80gb", 0)
+    server.simulate("process=0.0:4711")
+    restored = server.restore()
+    assert "process 4711" in " ".join(restored.problems)
+    assert server.cuts() == ["7g.80gb@0", cuts[1]]
+    server.check_nothing_false()
+    assert server.projected().keys() == {"q._.bob"}
