@@ -49,6 +49,20 @@ def test_no_file_is_an_empty_ledger(path: Path) -> None:
     assert not path.parent.exists(), "reading makes nothing"
 
 
+def test_what_could_not_be_written_is_not_so(path: Path) -> None:
+    """Whoever goes on after it sees the ledger as it is on disk, and may commit the same again."""
+    commit(path, BEFORE)
+    obstacle = path.with_name(f".{path.name}.new")
+    with LedgerStore(path, 5).transaction() as transaction:
+        obstacle.mkdir()
+        with pytest.raises(Ds01Error, match="could not be written"):
+            transaction.commit(AFTER, NOW)
+        assert transaction.ledger == LedgerStore(path).read()
+        obstacle.rmdir()
+        assert transaction.commit(AFTER, NOW)
+    assert LedgerStore(path).read().allocations == AFTER.allocations
+
+
 def test_what_is_committed_is_read(path: Path) -> None:
     assert commit(path, BEFORE)
     found = LedgerStore(path).read()
