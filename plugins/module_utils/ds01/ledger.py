@@ -49,7 +49,7 @@ class Transaction:
     def _write(self, ledger: Ledger, now: datetime) -> None:
         new = replace(ledger, generation=self.ledger.generation + 1, last_updated=now)
         self._store.write(new)
-        self.ledger = new  # only now: whoever tries again after a full disk must not find it done
+        self.ledger = new  # not before: what could not be written is not so
 
 
 def _readable(document: Mapping[str, Any]) -> bytes:
