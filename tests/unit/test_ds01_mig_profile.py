@@ -10,9 +10,19 @@ import ds01_mig_profile
 import pytest
 import yaml
 from ds01_mig_profile import Ds01Error
-from sim_server import Server, Start, needs_sim, start
+from sim_server import LIMITS, Server, Start, needs_sim, start
 
 __all__ = ["start"]
+
+# Answers as systemctl does about one unit, and notes that it was stopped.
+SYSTEMCTL = """\
+#!/bin/sh
+case $1 in
+is-active) test -e {running} && echo active || {{ echo inactive; exit 3; }} ;;
+stop) rm {running} && touch {stopped} ;;
+start) touch {running} ;;
+esac
+"""
 
 CUT = "2g.20gb,1g.10gb+me,3g.40gb"
 
@@ -85,6 +95,21 @@ class TestOnAServer:
             assert caught.value.reason == "layout_in_use"
             assert [r["gpu"] for r in caught.value.details["refusals"]] == [1]
             assert server.cut(0) == "off"
+
+    def test_a_service_that_gave_way_is_in_the_result_of_the_run_too(self, server: Server) -> None:
+        """systemd's part is played by a file for each unit that runs."""
+        running, stopped = server.host.root / "lab-monitor.service", server.host.root / "stopped"
+        systemctl = server.host.root / "bin" / "systemctl"
+        systemctl.write_text(SYSTEMCTL.format(running=running, stopped=stopped), encoding="utf-8")
+        systemctl.chmod(0o755)
+        running.touch()
+        server.host.limits(LIMITS + "policies: {mig_services: [lab-monitor.service]}\n")
+        foreseen = run(check=True, gpus={"0": ["3g.40gb"]})
+        done = run(gpus={"0": ["3g.40gb"]})
+        assert foreseen["services"] == done["services"] == ["lab-monitor.service"]
+        assert stopped.exists()
+        assert running.exists()
+        assert run(gpus={"0": ["3g.40gb"]})["services"] == []
 
     def test_what_is_exported_leads_to_itself(self, server: Server) -> None:
         result = ds01_mig_profile.exported(service(), "as found")
