@@ -148,6 +148,13 @@ def cut_on_demand(
     return cut(ds01, driver, transaction, planned)
 
 
+def mend(ds01: Allocations, driver: nvml.Nvml, transaction: Transaction) -> None:
+    """Put right what depends on the layout, as a run that was killed leaves it. Raises Ds01Error."""
+    if _has_toolkit():
+        toolkit.check()
+    _settle(ds01, driver, transaction, transaction.ledger, ())
+
+
 # --- under the lock
 
 
