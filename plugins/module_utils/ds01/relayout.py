@@ -65,7 +65,9 @@ def apply(ds01: Allocations, wanted: Wanted, force: Collection[str] = (), say: S
                     "ledger_unavailable", "The ledger was removed meanwhile.", "Run this again; nothing was changed."
                 )
             # Until here others could cut, which shows in no ledger where nobody had the devices.
-            planned = _foresee(ds01, driver, transaction.ledger, wanted, force)
+            # The services that gave way do not run any more, and belong to what was done all the same.
+            again = _foresee(ds01, driver, transaction.ledger, wanted, force)
+            planned = replace(again, services=planned.services)
             if not planned.changed:
                 return planned
             inventory = cut(ds01, driver, transaction, planned, say)
