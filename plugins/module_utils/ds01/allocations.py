@@ -33,7 +33,7 @@ from . import (
 from .cdi import Cdi, Rewrite
 from .errors import Ds01Error, invalid_input
 from .ledger import Transaction
-from .model import Allocation, Inventory, Ledger, Refusal
+from .model import Allocation, Inventory, Ledger, Refusal, Waiter
 from .observation import Observation, Observer
 from .paths import Paths
 from .saved_layout import SavedLayoutStore
@@ -218,11 +218,14 @@ class Allocations:
                 if sources.driver:
                     sources = replace(sources, spec=self.cdi.nvidia_spec())
             plan = self._plan(changes, scope, transaction.ledger, seen, sources)
-            if sources.driver and not sources.driver.has(_granted(plan)):
-                raise _OutdatedError("GPUs were cut")  # of what nobody had, which shows in no ledger
+            if self._cuts_on_demand and any(o.reason == "driver_unavailable" for o in plan.outcomes):
+                sources = self._mended(transaction, sources)
+                plan = self._plan(changes, scope, transaction.ledger, seen, sources)
+            if sources.driver and _cut_since(plan, seen, sources.driver):
+                raise _OutdatedError("GPUs were cut")
             self._write(transaction, plan, seen)
-            if plan.cuts and sources.driver:
-                plan = self._with_cuts(transaction, plan, seen, sources.driver)
+            if plan.cuts:
+                plan = self._with_cuts(changes, transaction, plan, seen, sources)
         return plan, seen
 
     def _write(self, transaction: Transaction, plan: _Plan, seen: Observation) -> None:
@@ -233,17 +236,61 @@ class Allocations:
         project = (a for a in _to_project(plan, transaction.ledger) if all_there(a, seen.inventory))
         self.carry_out(transaction, plan.ledger, plan.now, moved, project, plan.spec, stopped)
 
-    def _with_cuts(self, transaction: Transaction, plan: _Plan, seen: Observation, driver: nvml.Nvml) -> _Plan:
-        """The plan once GPUs are cut for it, under the same lock. Where that fails, those for whom it was are
-        refused for that reason; what the others got stays."""
+    @property
+    def _cuts_on_demand(self) -> bool:
+        return self.config.gpu.mig_strategy == "dynamic"
+
+    def _mended(self, transaction: Transaction, sources: _Sources) -> _Sources:
+        """The sources once NVIDIA's CDI spec is that of the devices: a request that was killed after it had a
+        GPU cut leaves another, and nobody else writes it."""
         from . import relayout  # a host whose GPUs stay as they are does without
 
+        if sources.driver:
+            with contextlib.suppress(Ds01Error):  # then the refusal stands
+                relayout.mend(self, sources.driver, transaction)
+        return replace(sources, spec=self.cdi.nvidia_spec())
+
+    def _with_cuts(
+        self,
+        changes: Sequence[Change],
+        transaction: Transaction,
+        plan: _Plan,
+        seen: Observation,
+        sources: _Sources,
+        spoilt: frozenset[int] = frozenset(),
+    ) -> _Plan:
+        """The plan once GPUs are cut for it, under the same lock. Where a GPU cannot be cut others are tried,
+        but `spoilt`; where none is left, those for whom it was are refused for the reason it could not be.
+        What the others were given stays."""
         try:
-            inventory = relayout.cut_on_demand(self, driver, transaction, seen, plan.cuts)
-            done = self._bound(plan, transaction.ledger, replace(seen, inventory=inventory))
-            self._write(transaction, done, replace(seen, inventory=inventory))
+            return self._cut(transaction, plan, seen, sources)
         except Ds01Error as exc:
-            return replace(plan, outcomes=[_not_cut(o, exc) if o.is_uncut else o for o in plan.outcomes])
+            failure = exc
+        numbers = [number for number, outcome in enumerate(plan.outcomes) if outcome.is_uncut]
+        rest, spoilt = [changes[number] for number in numbers], spoilt.union(_spoilt(failure, plan))
+        try:
+            sources = replace(sources, spec=self.cdi.nvidia_spec())
+            scope = _scope_of(rest)
+            seen = self._observe(rest, scope, transaction.ledger, sources)
+            again = _refused_for(self._plan(rest, scope, transaction.ledger, seen, sources, spoilt), failure)
+            self._write(transaction, again, seen)
+            if again.cuts:
+                again = self._with_cuts(rest, transaction, again, seen, sources, spoilt)
+        except Ds01Error as exc:
+            again = replace(plan, outcomes=[_not_cut(plan.outcomes[number], exc) for number in numbers], due=())
+        outcomes = list(plan.outcomes)
+        for number, outcome in zip(numbers, again.outcomes, strict=True):
+            outcomes[number] = outcome
+        return replace(again, outcomes=outcomes, due=[*plan.due, *again.due])
+
+    def _cut(self, transaction: Transaction, plan: _Plan, seen: Observation, sources: _Sources) -> _Plan:
+        """The plan once it is carried out, all of it. Raises Ds01Error."""
+        from . import relayout  # a host whose GPUs stay as they are does without
+
+        inventory = relayout.cut_on_demand(self, sources.driver, transaction, seen, plan.cuts)
+        seen = replace(seen, inventory=inventory)
+        done = self._bound(plan, transaction.ledger, seen)
+        self._write(transaction, done, seen)
         return done
 
     def _bound(self, plan: _Plan, now: Ledger, seen: Observation) -> _Plan:
@@ -469,16 +516,24 @@ class Allocations:
         return self.look(now, sources.driver, {change.name.full for change in changes if change.state == "held"})
 
     def _plan(
-        self, changes: Sequence[Change], scope: _Scope, before: Ledger, seen: Observation, sources: _Sources
+        self,
+        changes: Sequence[Change],
+        scope: _Scope,
+        before: Ledger,
+        seen: Observation,
+        sources: _Sources,
+        spoilt: frozenset[int] = frozenset(),
     ) -> _Plan:
-        """The decisions; where the limits file says so, with GPUs cut for requests that nothing else serves."""
+        """The decisions; where the limits file says so, with GPUs, but `spoilt`, cut for requests that nothing
+        else serves."""
         plan = self._decided(changes, scope, before, seen, sources)
-        if self.config.gpu.mig_strategy != "dynamic" or not sources.driver or not _may_need_cuts(plan, before):
+        if not (self._cuts_on_demand and sources.driver and _may_need_cuts(plan, before)):
             return plan
         from . import on_demand  # a host whose GPUs stay as they are does without
 
-        gpus = [gpu for gpu in sources.driver.layout(seen.inventory) if on_demand.is_open(gpu)]
-        return self._decided(changes, scope, before, seen, sources, gpus)
+        gpus = (gpu for gpu in sources.driver.layout(seen.inventory) if gpu.index not in spoilt)
+        open_ = [gpu for gpu in gpus if on_demand.is_open(gpu)]
+        return self._decided(changes, scope, before, seen, sources, open_)
 
     def _decided(
         self,
@@ -506,7 +561,7 @@ class Allocations:
             outcome = self._projectable(outcome, sources.spec)
             situation = _followed(situation, outcome)
             outcomes.append(outcome)
-        final = _without_uncut(situation.ledger, outcomes)
+        final = _without_uncut(situation.ledger, waiting, outcomes)
         # Only what was looked up in this boot may be projected in it.
         rebooted = bool(sources.driver and before.allocations) and before.boot_id != boot
         same = (final.allocations, final.queue) == (before.allocations, waiting)
@@ -583,15 +638,30 @@ def _may_need_cuts(plan: _Plan, before: Ledger) -> bool:
     return unserved or bool(before.queue)
 
 
-def _without_uncut(now: Ledger, outcomes: Sequence[Outcome]) -> Ledger:
-    """The ledger as long as nothing is cut."""
+def _without_uncut(now: Ledger, queue: Sequence[Waiter], outcomes: Sequence[Outcome]) -> Ledger:
+    """The ledger as long as nothing is cut: whoever had waited in the `queue` before waits in his place."""
     before: dict[str, Allocation | None] = {}
     for outcome in outcomes:
         if outcome.is_uncut:
             before.setdefault(outcome.name.full, outcome.before)
     for container, allocation in before.items():
         now = now.with_allocation(allocation) if allocation else now.without(container)
-    return now
+    stays = tuple(w for w in queue if w in now.queue or w.request.container in before)
+    return replace(now, queue=(*stays, *(w for w in now.queue if w not in queue))) if before else now
+
+
+def _spoilt(failure: Ds01Error, plan: _Plan) -> Collection[int]:
+    """The GPU that could not be cut; where it is not known, all that were to be."""
+    gpu = failure.details.get("gpu")
+    return [gpu] if isinstance(gpu, int) else plan.cuts
+
+
+def _refused_for(plan: _Plan, failure: Ds01Error) -> _Plan:
+    """The plan in which nobody waits for a GPU that cannot be cut: who is not served is refused for that."""
+    outcomes = [o if o.ok else _not_cut(o, failure) for o in plan.outcomes]
+    lost = {o.name.full for o in outcomes if not o.ok}
+    queue = tuple(w for w in plan.ledger.queue if w.request.container not in lost)
+    return replace(plan, outcomes=outcomes, ledger=replace(plan.ledger, queue=queue))
 
 
 def _not_cut(outcome: Outcome, exc: Ds01Error) -> Outcome:
@@ -630,6 +700,13 @@ def _everything() -> _Scope:
 def _needs_engine(changes: Sequence[Change]) -> bool:
     """Whether it matters which containers exist and run: to all but a container that just started."""
     return not engine.disabled() and any(change.state != "active" for change in changes)
+
+
+def _cut_since(plan: _Plan, seen: Observation, driver: nvml.Nvml) -> bool:
+    """Whether GPUs were cut since they were looked at: of devices that nobody had no ledger tells."""
+    if plan.cuts:
+        return [d.uuid for d in driver.inventory().devices] != [d.uuid for d in seen.inventory.devices]
+    return not driver.has(_granted(plan))
 
 
 def _granted(plan: _Plan) -> list[str]:
