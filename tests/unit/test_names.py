@@ -269,6 +269,31 @@ def test_two_users_never_share_a_slice(one: tuple[str, str], other: tuple[str, s
 
 
 @given(_PART, _PART)
+def test_a_slice_s_owner_can_be_told_from_its_name(group: str, user: str) -> None:
+    assert names.slice_owner(names.user_slice(group, user)) == (group, user)
+    assert names.slice_owner(f"ds01-{names.escape_slice_part(group)}.slice") == (group, "")
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "ds01.slice",
+        "system.slice",
+        "ds02-lab-alice.slice",
+        "ds01-lab-mary-ann.slice",
+        "ds01-lab-.slice",
+        "ds01--alice.slice",
+        "ds01-lab-alice.scope",
+        r"ds01-lab-\xff.slice",
+        r"ds01-lab-\x61lice.slice",
+        "ds01-lab-jürgen.slice",
+    ],
+)
+def test_what_is_no_slice_of_a_user_has_no_owner(unit: str) -> None:
+    assert names.slice_owner(unit) is None
+
+
+@given(_PART, _PART)
 def test_a_user_slice_lies_directly_below_its_group(group: str, user: str) -> None:
     parts = names.user_slice(group, user).removesuffix(".slice").split("-")
     assert len(parts) == 3

@@ -22,6 +22,9 @@ from .model import Device
 
 RawLayer = Mapping[str, Any]
 
+NO_LIMIT = {"CPUQuota": "", "MemoryMax": "infinity", "MemoryHigh": "infinity", "TasksMax": "infinity"}
+"""How systemd is told that a slice's property is unlimited."""
+
 
 @dataclass(frozen=True)
 class Aggregate:
@@ -229,7 +232,6 @@ _ALIASES = {
 
 _DURATIONS = ("idle_timeout", "max_runtime", "gpu_hold_after_stop", "container_hold_after_stop")
 _SUFFIXES = {f"{key}_{unit}": (key, unit) for key in _DURATIONS for unit in "hms"}
-_NO_LIMIT = {"CPUQuota": "", "MemoryMax": "infinity", "MemoryHigh": "infinity", "TasksMax": "infinity"}
 _NOT_LIMITS = {
     "members", "aggregate", "reservation_start", "reservation_end", "reserved_gpus", "reason",
 }  # fmt: skip
@@ -492,7 +494,7 @@ def slice_dropins(config: Config) -> dict[str, dict[str, str]]:
         group = group_aggregate(config, limits.group)
         if limits.aggregate != group:
             # systemd merges both drop-ins: what the group limits and the user does not is lifted.
-            lifted = {key: _NO_LIMIT[key] for key in group.properties()}
+            lifted = {key: NO_LIMIT[key] for key in group.properties()}
             dropins[f"{limits.slice}.d"] = {**lifted, **limits.aggregate.properties()}
     return dropins
 

@@ -153,6 +153,24 @@ def user_slice(group: str, user: str) -> str:
     return f"ds01-{escape_slice_part(group)}-{escape_slice_part(user)}.slice"
 
 
+def slice_owner(unit: str) -> tuple[str, str] | None:
+    """(group, user) of a user's slice, (group, "") of a group's; None for any other unit. What `user_slice` made."""
+    top, *parts = unit.removesuffix(".slice").split("-")
+    if top != "ds01" or not unit.endswith(".slice") or not 1 <= len(parts) <= 2 or not all(parts):
+        return None
+    try:
+        group, user = (_unescaped(part) for part in (*parts, "")[:2])
+    except UnicodeDecodeError:
+        return None
+    return (group, user) if [escape_slice_part(part) for part in (group, user) if part] == parts else None
+
+
+def _unescaped(part: str) -> str:
+    """The inverse of `escape_slice_part`. Raises UnicodeDecodeError for bytes that are no text."""
+    raw = re.sub(rb"\\x([0-9a-f]{2})", lambda match: bytes([int(match[1], 16)]), part.encode())
+    return raw.decode()
+
+
 def group_dropin_dir(group: str) -> str:
     """The drop-in directory that systemd applies to every user slice of a group."""
     return f"ds01-{escape_slice_part(group)}-.slice.d"

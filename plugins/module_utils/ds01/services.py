@@ -1,10 +1,10 @@
-"""Services of this host's systemd: which run, stop one, start it again. An adapter over `systemctl`."""
+"""Units of this host's systemd: which run, stop and start one, change its limits. An adapter over `systemctl`."""
 
 from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .errors import Ds01Error
 
@@ -41,10 +41,41 @@ def start(unit: str) -> None:
         raise _failed(f"{unit} could not be started{_said(done)}.", unit)
 
 
-def _systemctl(verb: str, units: Sequence[str], seconds: int) -> subprocess.CompletedProcess[str]:
+def set_properties(unit: str, properties: Mapping[str, str]) -> None:
+    """Change what a unit may use, until the next boot, while it runs. Raises Ds01Error `service_failed`."""
+    wanted = [f"{name}={value}" for name, value in properties.items()]
+    done = _systemctl("set-property", [unit, *wanted], _LOOK_TIMEOUT, "--runtime")
+    if done.returncode:
+        raise _failed(f"{unit} could not be given {', '.join(wanted)}{_said(done)}.", unit)
+
+
+def deactivate(unit: str) -> None:
+    """Stop this unit alone, and nothing that runs in it or needs it. Raises Ds01Error `service_failed`."""
+    done = _systemctl("stop", [unit], _CHANGE_TIMEOUT, "--job-mode=ignore-dependencies")
+    if done.returncode:
+        raise _failed(f"{unit} could not be stopped{_said(done)}.", unit)
+
+
+def device_rules(units: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The DeviceAllow lines of those of the units that systemd has. Raises Ds01Error `service_failed`."""
+    if not units:
+        return {}
+    done = _systemctl("show", units, _LOOK_TIMEOUT, "--property=Id,LoadState,DeviceAllow")
+    if done.returncode:
+        raise _failed(f"systemd does not say which devices {units[0]} may use{_said(done)}.", units[0])
+    found = {}
+    for block in done.stdout.split("\n\n"):
+        pairs = [line.partition("=")[::2] for line in block.splitlines()]
+        about = dict(pairs)
+        if about.get("LoadState") == "loaded":
+            found[about["Id"]] = tuple(value for name, value in pairs if name == "DeviceAllow" and value)
+    return found
+
+
+def _systemctl(verb: str, units: Sequence[str], seconds: int, *options: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
-            ["systemctl", verb, "--no-ask-password", "--", *units],  # noqa: S607 - where root finds it
+            ["systemctl", verb, "--no-ask-password", *options, "--", *units],  # noqa: S607 - where root finds it
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

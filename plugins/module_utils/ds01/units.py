@@ -56,12 +56,12 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: int) -> str:
-    """The shortest exact form that systemd reads: `192G`, `512M`, or plain bytes."""
+    """The shortest exact form that systemd reads: `192G`, `512M`, `1100B`."""
     for suffix in "TGMK":
         factor = _SIZE_FACTOR[suffix.lower()]
         if size and size % factor == 0:
             return f"{size // factor}{suffix}"
-    return str(size)
+    return f"{size}B"
 
 
 def parse_time(text: str) -> datetime:
