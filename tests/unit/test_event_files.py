@@ -246,6 +246,20 @@ def test_a_writer_that_opened_the_log_just_before_it_was_set_aside_writes_into_t
     assert path.with_name("events.000001.jsonl").read_text(encoding="utf-8") == "a\n"
 
 
+def test_of_two_that_set_it_aside_one_does(log: LogFiles, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(log, "a")
+    locked = event_files._locked
+
+    def slow(fd: int, kind: int) -> bool:
+        monkeypatch.setattr(event_files, "_locked", locked)
+        fill(LogFiles(path), "|", "b")
+        return locked(fd, kind)
+
+    monkeypatch.setattr(event_files, "_locked", slow)
+    assert not log.rotate(1, 9)
+    assert names(path) == ["events.000001.jsonl", "events.jsonl"]
+
+
 def test_a_log_that_is_being_written_is_not_set_aside_and_a_stuck_lock_holds_up_no_event(
     log: LogFiles, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
