@@ -141,7 +141,7 @@ HOSTILE: dict[str, tuple[str, list[str]]] = {
     "relative directory of metrics": ("metrics: {textfile_directory: prom}\n", ["metrics.textfile_directory: 'prom'"]),
     "unknown metrics": (
         "metrics: {textfile: /a}\n",
-        ["metrics.textfile: unknown key; did you mean textfile_directory"],
+        ["unknown key; did you mean textfile_directory"],
     ),
     "relative mount": ("containers: {allowed_mounts: [data]}\n", ["containers.allowed_mounts.0: 'data'"]),
     "environment with a number": ("containers: {environment: {A: 1}}\n", ["containers.environment.A: 1", "quoted"]),

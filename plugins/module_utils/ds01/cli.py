@@ -144,6 +144,19 @@ def _cmd_events(args: argparse.Namespace, ds01: Allocations) -> int:
     return EXIT_OK
 
 
+def _cmd_metrics(args: argparse.Namespace, ds01: Allocations) -> int:
+    from . import publishing
+
+    found = publishing.families(ds01, publishing.look(ds01))
+    if args.output:
+        _say(f"Written: {publishing.write(args.output, found)}")
+    if args.json:
+        _print_json([family.record() for family in found])
+    elif not args.output:
+        print(publishing.render(found).decode(), end="")
+    return EXIT_OK
+
+
 def _cmd_config_check(args: argparse.Namespace, ds01: Allocations) -> int:
     path = Path(args.file or ds01.paths.config)
     checked = config.load(path)
@@ -394,6 +407,14 @@ def _parser() -> argparse.ArgumentParser:
     log.add_argument("--follow", action="store_true", help="go on with new ones until interrupted")
     log.add_argument("--user", help="only this user's")
     log.add_argument("--container", metavar="NAME", help="only this container's, or this project's")
+
+    shown = add(
+        "metrics",
+        _cmd_metrics,
+        "Show what Prometheus is told about this server (each reconcile writes it where the limits file says).",
+        "ds01 metrics --output /var/lib/prometheus/node-exporter",
+    )
+    shown.add_argument("--output", type=Path, metavar="DIR", help="write it there, as ds01.prom")
 
     _add_mig(commands, add)
 
