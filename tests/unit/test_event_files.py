@@ -273,21 +273,25 @@ def test_a_log_that_is_being_written_is_not_set_aside_and_a_stuck_lock_holds_up_
     assert tail(log) == "a b"
 
 
-@pytest.mark.parametrize("problem", ["none", "no log yet", "no directory", "a link", "a full disk"])
+@pytest.mark.parametrize(
+    "problem", ["none", "no log yet", "no directory yet", "a file for a directory", "a link", "a full disk"]
+)
 def test_whether_an_event_could_be_written(
     problem: str, log: LogFiles, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(log, "a")
-    if problem in ("no log yet", "no directory", "a link"):
+    if problem not in ("none", "a full disk"):
         path.unlink()
-    if problem == "no directory":
+    if problem in ("no directory yet", "a file for a directory"):
         path.parent.rmdir()
+    if problem == "a file for a directory":
+        path.parent.write_text("", encoding="utf-8")
     if problem == "a link":
         path.symlink_to("/dev/null")
     if problem == "a full disk":
         full = os.statvfs_result((4096, 4096, 10, 0, 0, 10, 10, 10, 0, 255))
         monkeypatch.setattr(os, "statvfs", lambda _: full)
-    if problem in ("none", "no log yet"):
+    if problem in ("none", "no log yet", "no directory yet"):
         log.check()
     else:
         with pytest.raises(OSError):

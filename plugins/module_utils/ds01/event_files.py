@@ -68,10 +68,10 @@ class LogFiles:
 
     def check(self) -> None:
         """Raise OSError where an event could not be appended now. Writes nothing."""
-        directory = self._path.parent
         with contextlib.suppress(FileNotFoundError):
             os.close(os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC))
-        if not os.access(directory, os.W_OK):
+        directory = next(parent for parent in self._path.parents if parent.exists())
+        if not directory.is_dir() or not os.access(directory, os.W_OK):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
         if os.statvfs(directory).f_bavail == 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
