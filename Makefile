@@ -30,6 +30,10 @@ $(VENV)/.stamp: requirements-dev.txt roles/ds01_runtime/files/requirements.txt
 sim: ## Build the simulated NVIDIA driver into build/sim
 	@$(MAKE) --silent --no-print-directory -C lab/sim OUT=$(CURDIR)/$(SIM_OUT)
 
+.PHONY: promtool
+promtool: ## Fetch Prometheus' checker of metrics and alert rules into build/promtool
+	@lab/promtool build/promtool
+
 .PHONY: lab-up
 lab-up: env sim ## Start HOSTS=n lab hosts (default 1)
 	@lab/lab up --hosts $(HOSTS)
@@ -51,7 +55,7 @@ lint: env ## ruff, yamllint and ansible-lint
 	@PATH="$(CURDIR)/$(BIN):$$PATH" ansible-lint --offline -q
 
 .PHONY: unit
-unit: env sim ## The tests that need neither engine nor root
+unit: env sim promtool ## The tests that need neither engine nor root
 	@echo "== unit tests"
 	@$(BIN)/pytest -n 2 tests
 	@for zone in $(ZONES); do \

@@ -135,6 +135,14 @@ HOSTILE: dict[str, tuple[str, list[str]]] = {
         ["policies.mig_services: 'a.service'", "a list of systemd units"],
     ),
     "quota without per cent": ("groups: {r: {aggregate: {cpu_quota: 4800}}}\n", ["aggregate.cpu_quota: 4800"]),
+    "log without unit": ("events: {rotate_at: 16}\n", ["events.rotate_at: 16", "such as 16m"]),
+    "log of no size": ("events: {rotate_at: 0m}\n", ["events.rotate_at", "0 would set the log aside for every event"]),
+    "no older log": ("events: {keep: 0}\n", ["events.keep: 0", "from 1"]),
+    "relative directory of metrics": ("metrics: {textfile_directory: prom}\n", ["metrics.textfile_directory: 'prom'"]),
+    "unknown metrics": (
+        "metrics: {textfile: /a}\n",
+        ["unknown key; did you mean textfile_directory"],
+    ),
     "relative mount": ("containers: {allowed_mounts: [data]}\n", ["containers.allowed_mounts.0: 'data'"]),
     "environment with a number": ("containers: {environment: {A: 1}}\n", ["containers.environment.A: 1", "quoted"]),
 }
@@ -227,6 +235,24 @@ def test_services_and_the_mig_strategy_of_a_file(host: Host) -> None:
     assert checked.gpu.mig_strategy == "static"
     checked = config.load(host.limits("gpu_allocation: {mig_strategy: dynamic}\npolicies: {mig_services: null}\n"))
     assert (checked.gpu.mig_strategy, checked.policies.mig_services) == ("dynamic", ())
+
+
+@pytest.mark.parametrize(
+    ("text", "rotate_at", "keep", "textfiles", "mapping"),
+    [
+        ("events: null\nmetrics: null\n", 16 * 1024**2, 8, None, None),
+        ("events: {rotate_at: 512k}\n", 512 * 1024, 8, None, None),
+        ("events: {keep: 1}\nmetrics: {textfile_directory: /a}\n", 16 * 1024**2, 1, "/a", None),
+        ("metrics: {textfile_directory: null, job_mapping_directory: /b}\n", 16 * 1024**2, 8, None, "/b"),
+    ],
+    ids=["null", "size", "one each", "the other"],
+)
+def test_what_is_kept_and_written_for_others(
+    text: str, rotate_at: int, keep: int, textfiles: str | None, mapping: str | None, host: Host
+) -> None:
+    checked = config.load(host.limits(text))
+    assert checked.events == limits.EventFiles(rotate_at, keep)
+    assert checked.metrics == limits.MetricsFiles(textfiles, mapping)
 
 
 def schema_of(section: str, key: str) -> Any:

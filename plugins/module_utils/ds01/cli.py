@@ -144,6 +144,19 @@ def _cmd_events(args: argparse.Namespace, ds01: Allocations) -> int:
     return EXIT_OK
 
 
+def _cmd_metrics(args: argparse.Namespace, ds01: Allocations) -> int:
+    from . import publishing
+
+    found = publishing.families(ds01, publishing.look(ds01))
+    if args.output:
+        _say(f"Written: {publishing.write(args.output, found)}")
+    if args.json:
+        _print_json([family.record() for family in found])
+    elif not args.output:
+        print(publishing.render(found).decode(), end="")
+    return EXIT_OK
+
+
 def _cmd_config_check(args: argparse.Namespace, ds01: Allocations) -> int:
     path = Path(args.file or ds01.paths.config)
     checked = config.load(path)
@@ -385,24 +398,7 @@ def _parser() -> argparse.ArgumentParser:
     status = add("status", _cmd_status, "Show devices and who has them.", "ds01 status --user alice")
     status.add_argument("--user")
 
-    again = add("rebuild", _cmd_rebuild, "Restore a lost ledger from the containers.", "ds01 rebuild --dry-run")
-    again.add_argument("--dry-run", action="store_true", help="only say what would be restored")
-
-    again = add(
-        "reconcile",
-        _cmd_reconcile,
-        "Bring this server back to its own rules: what is over is taken back, what was tampered with is put right.",
-        "ds01 reconcile --dry-run",
-    )
-    again.add_argument("--dry-run", action="store_true", help="only say what would be done: a report of drift")
-
-    restore = add(
-        "restore",
-        _cmd_restore,
-        "After a reboot: cut the GPUs again as they were, and give containers their devices again (a unit does this).",
-        "ds01 restore --dry-run",
-    )
-    restore.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    _add_upkeep(add)
 
     query = add(
         "query",
@@ -431,6 +427,35 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("file", nargs="?", help="default: the one in force")
     check.add_argument("--strict", action="store_true", help="exit 1 when there is anything to look at")
     return parser
+
+
+def _add_upkeep(add: Callable[..., Any]) -> None:
+    again = add("rebuild", _cmd_rebuild, "Restore a lost ledger from the containers.", "ds01 rebuild --dry-run")
+    again.add_argument("--dry-run", action="store_true", help="only say what would be restored")
+
+    again = add(
+        "reconcile",
+        _cmd_reconcile,
+        "Bring this server back to its own rules: what is over is taken back, what was tampered with is put right.",
+        "ds01 reconcile --dry-run",
+    )
+    again.add_argument("--dry-run", action="store_true", help="only say what would be done: a report of drift")
+
+    restore = add(
+        "restore",
+        _cmd_restore,
+        "After a reboot: cut the GPUs again as they were, and give containers their devices again (a unit does this).",
+        "ds01 restore --dry-run",
+    )
+    restore.add_argument("--dry-run", action="store_true", help="only say what would be done")
+
+    shown = add(
+        "metrics",
+        _cmd_metrics,
+        "Show what Prometheus is told about this server (each reconcile writes it where the limits file says).",
+        "ds01 metrics --output /var/lib/prometheus/node-exporter",
+    )
+    shown.add_argument("--output", type=Path, metavar="DIR", help="write it there, as ds01.prom")
 
 
 def _add_mig(commands: Any, add: Callable[..., Any]) -> None:

@@ -15,7 +15,7 @@ from . import units
 from .limits import Config, resolve
 from .transitions import Outcome
 
-REPORTS = ("unmanaged.seen",)
+REPORTS = ("unmanaged.seen", "slice.deferred", "slice.moved")
 """Kinds of actions that only tell."""
 
 _KINDS = {"held": "gpu.held", "active": "gpu.active", "expired": "gpu.released"}

@@ -1,20 +1,18 @@
-"""The audit log: one JSON object a line, appended in a single write. An adapter."""
+"""The audit log: one JSON object a line, appended in a single write (event_files). An adapter."""
 
 from __future__ import annotations
 
-import collections
-import contextlib
-import errno
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from . import files, units
+from . import units
 from .errors import Ds01Error
+from .event_files import LogFiles
 
 _FOLLOW_EVERY = 0.5
 MAX_LINE = 4000
@@ -30,6 +28,7 @@ class EventLog:
     def __init__(self, path: Path, actor: str) -> None:
         self._path = path
         self._actor = actor
+        self.files = LogFiles(path)
         self.problem: str | None = None
 
     def write(self, event: str, now: datetime, **fields: object) -> None:
@@ -41,55 +40,45 @@ class EventLog:
             if len(line) > MAX_LINE:
                 line = _encode({key: _shortened(value, length) for key, value in record.items()})
         try:
-            self._append(line)
+            self.files.append(line)
         except OSError as exc:
             self.problem = f"The event log {self._path} could not be written: {exc.strerror}."
 
     def read(
         self, last: int, wanted: Callable[[Mapping[str, Any]], bool], *, follow: bool = False
     ) -> Iterator[dict[str, Any]]:
-        """The last wanted events, oldest first; with `follow` also those to come, without an end.
+        """The last wanted events, oldest first, also those of older files; with `follow` also those to come,
+        without an end.
 
         A line that is no event is passed over. Raises Ds01Error `permission_denied`.
         """
+
+        def parse(line: bytes) -> dict[str, Any] | None:
+            event = parsed(line)
+            return event if event and wanted(event) else None
+
         try:
-            with self._path.open(encoding="utf-8", errors="replace") as file:
-                yield from collections.deque(filter(wanted, _parsed(file)), maxlen=last)
-                while follow:
-                    line = file.readline()
-                    yield from filter(wanted, _parsed([line]))
-                    if not line:
-                        time.sleep(_FOLLOW_EVERY)
-        except FileNotFoundError:
-            return
+            found, position = self.files.tail(last, parse)
+            yield from found
+            while follow:
+                time.sleep(_FOLLOW_EVERY)
+                for line, place in self.files.after(position):
+                    position, event = place, parse(line)
+                    if event:
+                        yield event
         except OSError as exc:
             raise Ds01Error(
                 "permission_denied", f"The event log {self._path} cannot be read: {exc.strerror}.", "Run as root."
             ) from None
 
-    def _append(self, line: bytes) -> None:
-        files.make_directory(self._path.parent, 0o750)
-        fd = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
-        try:
-            if os.fstat(fd).st_size == 0:
-                os.fchmod(fd, 0o640)  # whatever the caller's umask
-            written = os.write(fd, line)
-            if written < len(line):
-                # The disk is full. Half a line would take the next one with it: nobody comes after it yet.
-                end = os.lseek(fd, 0, os.SEEK_CUR)
-                if os.fstat(fd).st_size == end:
-                    os.ftruncate(fd, end - written)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        finally:
-            os.close(fd)
 
-
-def _parsed(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        with contextlib.suppress(ValueError):
-            event = json.loads(line)
-            if isinstance(event, dict) and "timestamp" in event and "event" in event:
-                yield event
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """The event of a line; None where it is none."""
+    try:
+        event = json.loads(line.decode(errors="replace"))
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "timestamp" in event and "event" in event else None
 
 
 def _encode(record: dict[str, object]) -> bytes:

@@ -150,6 +150,23 @@ class Policies:
 
 
 @dataclass(frozen=True)
+class EventFiles:
+    """The audit log's files: set aside from `rotate_at` bytes on, `keep` older ones stay."""
+
+    rotate_at: int = 16 * 1024**2
+    keep: int = 8
+
+
+@dataclass(frozen=True)
+class MetricsFiles:
+    """Directories that other programs read: node_exporter's for text files, and dcgm-exporter's for its
+    job mapping. None: nothing is written."""
+
+    textfile_directory: str | None = None
+    job_mapping_directory: str | None = None
+
+
+@dataclass(frozen=True)
 class ContainerDefaults:
     """What every container gets at its first start, whatever its image.
 
@@ -177,6 +194,8 @@ class Config:
     gpu: GpuPolicy
     policies: Policies
     containers: ContainerDefaults
+    events: EventFiles = EventFiles()
+    metrics: MetricsFiles = MetricsFiles()
     written: Mapping[str, str] = field(default_factory=dict)
     """Where the file uses an old name: `defaults.max_gpus` -> `defaults.max_mig_instances`."""
 
@@ -313,6 +332,12 @@ def _some_time(value: timedelta) -> timedelta:
     return value
 
 
+def _some_size(value: int) -> int:
+    if not value:
+        raise ValueError("0 would set the log aside for every event")
+    return value
+
+
 def _size_text(value: str) -> str:
     _above_zero(units.parse_size(value))
     return value
@@ -328,6 +353,7 @@ _CONVERT: dict[str, Callable[[Any], Any]] = {
     "memory": _size_text,
     "memory_swap": _size_text,
     "shm_size": _size_text,
+    "rotate_at": lambda v: _some_size(units.parse_size(v)),
 }
 
 
@@ -353,6 +379,13 @@ def _given_aggregate(raw: RawLayer | None, path: str) -> RawLayer:
         if value is not None and Fraction(re.sub(r"[^0-9./]", "", str(value))) == 0:
             raise _bad(f"{path}.aggregate.{key}", "0 would stop everything in the slice; write null for unlimited")
     return given
+
+
+def _event_files(raw: RawLayer) -> EventFiles:
+    known = dict(raw)
+    if "rotate_at" in known:
+        known["rotate_at"] = _checked("rotate_at", known["rotate_at"], "events.rotate_at")
+    return EventFiles(**known)
 
 
 def _policies(raw: RawLayer) -> Policies:
@@ -400,6 +433,8 @@ def parse_config(document: Mapping[str, Any], members: Mapping[str, tuple[str, .
         containers=ContainerDefaults(
             **{k: tuple(v) if k == "allowed_mounts" else v for k, v in containers.items() if v is not None}
         ),
+        events=_event_files(document.get("events") or {}),
+        metrics=MetricsFiles(**(document.get("metrics") or {})),
         written=_written(
             {
                 "defaults": document.get("defaults"),

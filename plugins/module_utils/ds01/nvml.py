@@ -106,6 +106,21 @@ class Nvml:
                     raise _unreadable(gpu.index, exc) from None
         return found
 
+    def instances(self, inventory: Inventory) -> dict[str, int]:
+        """MIG device UUID -> its GPU instance, by which DCGM names it. Those of a GPU that is lost are left out."""
+        found: dict[str, int] = {}
+        for gpu in inventory.gpus:
+            devices = [d for d in inventory.devices if d.gpu_uuid == gpu.uuid and not d.is_full]
+            try:
+                handle = self._n.nvmlDeviceGetHandleByIndex(gpu.index) if devices else None
+                its = self._devices_by_instance(handle, devices)
+            except self._n.NVMLError as exc:
+                if not _lost(exc):
+                    raise _unreadable(gpu.index, exc) from None
+                continue
+            found.update({d.uuid: instance for instance, inside in its.items() for d in inside})
+        return found
+
     def layout(self, inventory: Inventory) -> tuple[mig.GpuState, ...]:
         """How each GPU is cut and could be: its profiles with their placements, and its instances.
 

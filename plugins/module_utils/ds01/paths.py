@@ -53,6 +53,11 @@ class Paths:
         return self.state / "reconcile.json"
 
     @property
+    def totals(self) -> Path:
+        """What was counted for the metrics so far."""
+        return self.state / "metrics.json"
+
+    @property
     def metadata(self) -> Path:
         return self.state / "container-metadata"
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import claims, drift, engine, exclusion, memory, processes, watchdog
+from . import claims, drift, engine, exclusion, memory, metrics, processes, publishing, slices, watchdog
 from .allocations import Allocations, Settled
 from .containers import Containers
 from .drift import Action, Box
@@ -71,13 +71,13 @@ class _Run:
 
 
 def reconcile(ds01: Allocations) -> Reconciled:
-    """Bring ledger, CDI devices and containers into agreement with the limits file and with what is there.
+    """Bring ledger, CDI devices, containers and slices into agreement with the limits file and with what is there.
 
     Raises Ds01Error `container_busy` while another run is at work, `config_invalid` for a limits file with a
     mistake: it says what to do to nobody.
     """
     _ = ds01.config
-    run = _Run()
+    run, began = _Run(), memory.since_boot()
     with (
         exclusion.alone(ds01.paths.state / "reconcile.lock", "reconcile", _LOCK_WAIT),
         watchdog.bounded(DEADLINE, "ds01 reconcile"),
@@ -90,8 +90,12 @@ def reconcile(ds01: Allocations) -> Reconciled:
             now = replace(now, unmanaged=_report_unmanaged(ds01, run.actions, known.unmanaged))
         with run.stage("containers"):
             _remove(ds01, _overdue(ds01, now), run)
+        with run.stage("slices"):
+            _set_slices(ds01, run)
         if now != known:
             memory.write(ds01.paths.memory, now)
+        with run.stage("metrics"):
+            _publish(ds01, run, memory.since_boot() - began)
     return run.done()
 
 
@@ -104,6 +108,8 @@ def foresee(ds01: Allocations) -> Reconciled:
         run.actions += _of_settled(ds01.foresee_settle())
     with run.stage("containers"):
         run.actions += _overdue(ds01, now)
+    with run.stage("slices"):
+        run.actions += slices.foresee(ds01.config, _users(ds01))
     return run.done()
 
 
@@ -156,3 +162,34 @@ def _remove(ds01: Allocations, actions: Iterable[Action], run: _Run) -> None:
             name = ds01.name(action.subject, action.user)
             containers.discard(name, action.details["container_id"], action.message)
             run.actions.append(action)
+
+
+# --- slices
+
+
+def _users(ds01: Allocations) -> set[str]:
+    """Those who have a container, running or not."""
+    return set() if engine.disabled() else {container.user for container in ds01.engine.containers()}
+
+
+def _set_slices(ds01: Allocations, run: _Run) -> None:
+    users = _users(ds01)
+    for action in slices.foresee(ds01.config, users):
+        with run.stage(action.subject):
+            done = slices.carry_out(action, ds01.config, users)
+            if done:
+                ds01.events.write(action.kind, ds01.clock(), user=action.user, message=action.message)
+            if done or action.kind in drift.REPORTS:
+                run.actions.append(action)
+
+
+# --- what other programs read
+
+
+def _publish(ds01: Allocations, run: _Run, seconds: float) -> None:
+    wanted = ds01.config.metrics
+    if not (wanted.textfile_directory or wanted.job_mapping_directory):
+        return
+    this = metrics.Run(ds01.clock(), seconds, not run.problems)
+    for problem in publishing.publish(ds01, publishing.look(ds01), this):
+        run.problems.append({"stage": "metrics", "reason": "permission_denied", "msg": problem})
