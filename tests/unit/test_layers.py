@@ -98,7 +98,7 @@ def test_the_table_has_every_key_that_the_schema_has(layer: str) -> None:
         "group": SCHEMA["groups"]["additionalProperties"]["properties"],
         "override": SCHEMA["user_overrides"]["additionalProperties"]["properties"],
     }[layer]
-    no_limits = {"members", "aggregate", "reservation_start", "reservation_end", "reserved_gpus", "reason"}
+    no_limits = {"members", "aggregate", "policies", "reservation_start", "reservation_end", "reserved_gpus", "reason"}
     assert set(properties) - no_limits == set(KEYS)
     assert set(_DOCUMENT["definitions"]["aggregate"]["properties"]) == set(SLICE)
     assert {key.limits for key in KEYS.values()} == set(Limits.__dataclass_fields__) - {"user", "group", "aggregate"}

@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from . import names, units
+from .enforcement import Enforcement, Exemption, RawLayer, finite, parse_exemptions, parse_layer
 from .errors import Ds01Error
 from .model import Device
 
@@ -118,6 +119,7 @@ class Group:
     members: tuple[str, ...]
     layer: RawLayer
     aggregate: RawLayer
+    enforcement: RawLayer = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,11 @@ class GpuPolicy:
 
 @dataclass(frozen=True)
 class Policies:
-    """Rules of the house. `pending_timeout`: how long a grant waits for its container (None: for ever).
+    """Rules of the house. `pending_timeout`: how long a grant waits for its container, `created_timeout` how long
+    a container that was never started is kept (None: for ever).
 
+    `unmanaged` says what is done about containers and processes that use GPUs without DS01: `report` or `stop`.
+    Demand is high where at least `high_demand_threshold` of the devices are allocated (1 is all; None: never).
     `monitoring_containers` are names of containers outside DS01 that may see GPUs without counting as
     their users, such as an exporter of metrics. `mig_services` are systemd units that may be stopped
     while the MIG mode of a GPU changes, and are started again.
@@ -145,6 +150,9 @@ class Policies:
 
     reclaim_holds: str = "lower_priority"
     pending_timeout: timedelta | None = timedelta(minutes=10)
+    created_timeout: timedelta | None = timedelta(minutes=30)
+    unmanaged: str = "report"
+    high_demand_threshold: float | None = 0.8
     monitoring_containers: tuple[str, ...] = ()
     mig_services: tuple[str, ...] = ()
 
@@ -196,6 +204,9 @@ class Config:
     containers: ContainerDefaults
     events: EventFiles = EventFiles()
     metrics: MetricsFiles = MetricsFiles()
+    enforcement: RawLayer = field(default_factory=dict)
+    override_enforcement: Mapping[str, RawLayer] = field(default_factory=dict)
+    exemptions: tuple[Exemption, ...] = ()
     written: Mapping[str, str] = field(default_factory=dict)
     """Where the file uses an old name: `defaults.max_gpus` -> `defaults.max_mig_instances`."""
 
@@ -220,6 +231,12 @@ class Config:
         """The user's layers, the one that counts most last."""
         group = self.groups.get(self.group_of(user))
         return self.defaults, group.layer if group else {}, self.overrides.get(user, {})
+
+    def enforcement_of(self, user: str) -> Enforcement:
+        """How the user's idle and runtime limits are enforced, layered key by key."""
+        group = self.groups.get(self.group_of(user))
+        own = self.override_enforcement.get(user, {})
+        return Enforcement(**{**self.enforcement, **(group.enforcement if group else {}), **own})
 
 
 # What a key means that no layer sets: the most careful value, never "unlimited".
@@ -252,7 +269,7 @@ _ALIASES = {
 _DURATIONS = ("idle_timeout", "max_runtime", "gpu_hold_after_stop", "container_hold_after_stop")
 _SUFFIXES = {f"{key}_{unit}": (key, unit) for key in _DURATIONS for unit in "hms"}
 _NOT_LIMITS = {
-    "members", "aggregate", "reservation_start", "reservation_end", "reserved_gpus", "reason",
+    "members", "aggregate", "policies", "reservation_start", "reservation_end", "reserved_gpus", "reason",
 }  # fmt: skip
 
 
@@ -346,6 +363,8 @@ def _size_text(value: str) -> str:
 _CONVERT: dict[str, Callable[[Any], Any]] = {
     **{key: lambda v: units.parse_duration(str(v)) for key in _DURATIONS},
     "pending_timeout": lambda v: _some_time(units.parse_duration(str(v))),
+    "created_timeout": lambda v: _some_time(units.parse_duration(str(v))),
+    "high_demand_threshold": finite,
     "max_gpu_equivalents": _fraction,
     "max_cpus": lambda v: _above_zero(_fraction(v)),
     "pids_limit": lambda v: _above_zero(_count(v)),
@@ -388,12 +407,22 @@ def _event_files(raw: RawLayer) -> EventFiles:
     return EventFiles(**known)
 
 
+_OLD_POLICIES = {f"created_{name}_{unit}": unit for name in ("timeout", "container_timeout") for unit in "hms"}
+_OLD_POLICIES["created_container_timeout"] = ""
+
+
 def _policies(raw: RawLayer) -> Policies:
-    known = dict(raw)
+    known: dict[str, Any] = {}
+    for key, value in raw.items():
+        name = "created_timeout" if key in _OLD_POLICIES else key
+        if name not in Policies.__dataclass_fields__:
+            continue  # how limits are enforced, which groups and users may change
+        if name in known:
+            raise _bad(f"policies.{key}", f"{name} is set twice, under an old name and a new one")
+        unit = _OLD_POLICIES.get(key)
+        known[name] = _checked(name, f"{value}{unit}" if unit and value is not None else value, f"policies.{key}")
     for key in ("monitoring_containers", "mig_services"):
         known[key] = tuple(known.get(key) or ())
-    if known.get("pending_timeout") is not None:
-        known["pending_timeout"] = _checked("pending_timeout", known["pending_timeout"], "policies.pending_timeout")
     return Policies(**known)
 
 
@@ -422,6 +451,7 @@ def parse_config(document: Mapping[str, Any], members: Mapping[str, tuple[str, .
                 members=(*((raw or {}).get("members") or ()), *extra.get(name, ())),
                 layer=_layer(raw, f"groups.{name}"),
                 aggregate=_given_aggregate(raw, f"groups.{name}"),
+                enforcement=parse_layer((raw or {}).get("policies"), f"groups.{name}.policies"),
             )
             for name, raw in groups.items()
         },
@@ -430,6 +460,12 @@ def parse_config(document: Mapping[str, Any], members: Mapping[str, tuple[str, .
         reservations=tuple(r for r in reservations if r),
         gpu=GpuPolicy(**{k: v for k, v in gpu.items() if k in GpuPolicy.__dataclass_fields__}),
         policies=_policies(document.get("policies") or {}),
+        enforcement=parse_layer(document.get("policies"), "policies"),
+        override_enforcement={
+            user: parse_layer((raw or {}).get("policies"), f"user_overrides.{user}.policies")
+            for user, raw in overrides.items()
+        },
+        exemptions=parse_exemptions(document.get("exemptions")),
         containers=ContainerDefaults(
             **{k: tuple(v) if k == "allowed_mounts" else v for k, v in containers.items() if v is not None}
         ),
