@@ -21,8 +21,6 @@ from .enforcement import Enforcement, Exemption, RawLayer, finite, parse_exempti
 from .errors import Ds01Error
 from .model import Device
 
-RawLayer = Mapping[str, Any]
-
 NO_LIMIT = {"CPUQuota": "", "MemoryMax": "infinity", "MemoryHigh": "infinity", "TasksMax": "infinity"}
 """How systemd is told that a slice's property is unlimited."""
 
