@@ -75,6 +75,21 @@ def test_a_lost_gpu_and_a_driver_that_does_not_answer(server: Server) -> None:  
     assert not {"devices", "gpu_health", "unmanaged_devices"} & set(found)
 
 
+def test_an_engine_that_does_not_answer_hides_no_device(server: Server) -> None:  # noqa: F811
+    found = told(server.ds01("metrics", DS01_ENGINE=None, DOCKER_HOST="unix:///nowhere/docker.sock").out)
+    assert found["component_available"] == {
+        "component=driver": 1,
+        "component=engine": 0,
+        "component=events": 1,
+        "component=ledger": 1,
+    }
+    assert sum(found["devices"].values()) == 10
+    found = told(
+        server.ds01("metrics", DS01_ENGINE=None, DOCKER_HOST="unix:///nowhere", LD_LIBRARY_PATH="/nowhere").out
+    )
+    assert [found["component_available"][f"component={part}"] for part in ("driver", "engine")] == [0, 0]
+
+
 def test_use_without_ds01(server: Server) -> None:  # noqa: F811
     server.simulate(f"process=0:{os.getpid()}")
     found = told(server.ds01("metrics").out)

@@ -20,7 +20,7 @@ from ds01.observation import Observation
 from ds01.paths import Paths
 from prometheus import needs_promtool, promtool
 from prometheus_client.parser import text_string_to_metric_families
-from support import NOW, Host, machine, taken
+from support import NOW, Host, limits_of, machine, taken
 from test_metrics import INSTANCES, held, picture, samples, waiter
 
 MINUTE = timedelta(minutes=1)
@@ -79,6 +79,10 @@ def everything() -> tuple[Picture, metrics.Totals]:
         queue=[waiter("carol", NOW)],
         hold_ends={"p._.bob": NOW + MINUTE},
         containers={"alice": 1},
+        limits={
+            user: limits_of(user, max_gpus=2, max_gpu_equivalents=1, max_containers_per_user=3)
+            for user in ("alice", "bob")
+        },
         available={"ledger": True, "driver": True, "engine": False, "events": True},
     )
     totals = metrics.with_time(metrics.Totals(counted_until=NOW - MINUTE), ledger, NOW)

@@ -34,20 +34,33 @@ def look(ds01: Allocations) -> Picture:
     """The host as it is now, as far as it answers. Raises Ds01Error `config_invalid`."""
     available: dict[str, bool] = {}
     ledger: Ledger | None = None
-    seen: Observation | None = None
+    driver: nvml.Nvml | None = None
     with contextlib.ExitStack() as stack:
         with _part("ledger", available):
             ledger = ds01.store.read()
-        driver: nvml.Nvml | None = None
         with _part("driver", available):
             driver = stack.enter_context(nvml.session())
-        if not engine.disabled():
-            with _part("engine", available):
-                seen = ds01.look(ledger or Ledger(), None)
-        if driver:
-            with _part("driver", available):
-                seen = ds01.look(ledger or Ledger(), driver) if seen else ds01.look_at_driver(driver)
+        seen = _seen(ds01, ledger or Ledger(), driver, available)
         return picture(ds01, ledger, seen, driver if available["driver"] else None, available)
+
+
+def _seen(
+    ds01: Allocations, ledger: Ledger, driver: nvml.Nvml | None, available: dict[str, bool]
+) -> Observation | None:
+    """What engine and driver show together; where one of them does not answer, the other alone."""
+    parts = {} if engine.disabled() else {"engine": True}
+    with contextlib.suppress(Ds01Error):
+        found = ds01.look(ledger, driver)
+        available.update(parts)
+        return found
+    alone: Observation | None = None
+    if parts:
+        with _part("engine", available):
+            alone = ds01.look(ledger, None)
+    if driver:
+        with _part("driver", available):
+            alone = ds01.look_at_driver(driver)
+    return alone
 
 
 @contextlib.contextmanager
