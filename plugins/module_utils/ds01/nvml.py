@@ -112,8 +112,7 @@ class Nvml:
         for gpu in inventory.gpus:
             devices = [d for d in inventory.devices if d.gpu_uuid == gpu.uuid and not d.is_full]
             try:
-                handle = self._n.nvmlDeviceGetHandleByIndex(gpu.index) if devices else None
-                its = self._devices_by_instance(handle, devices)
+                its = self._devices_by_instance(devices)
             except self._n.NVMLError as exc:
                 if not _lost(exc):
                     raise _unreadable(gpu.index, exc) from None
