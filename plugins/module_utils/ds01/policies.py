@@ -29,6 +29,8 @@ LONGEST_STEP = timedelta(minutes=10)
 _WARNED_AT = {IDLE: (Fraction(8, 10), Fraction(95, 100)), RUNTIME: (Fraction(75, 100), Fraction(9, 10))}
 """The shares of the time after which the first and the last warning are given."""
 _ZERO = timedelta(0)
+_FOR_EVER = timedelta(days=999_999_000)
+"""As far ahead as a time since boot is written."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def high_demand(config: Config, inventory: Inventory, ledger: Ledger) -> bool:
     if threshold is None or not inventory.devices:
         return False
     taken = sum(ledger.holder_of(device) is not None for device in inventory.devices)
-    return taken >= threshold * len(inventory.devices)
+    return taken >= Fraction(str(threshold)) * len(inventory.devices)
 
 
 def rules_of(config: Config, container: Watched, time: datetime, *, demand: bool) -> Rules:
@@ -224,17 +226,20 @@ def decide(container: Watched, sample: Sample, state: State, rules: Rules, clock
     """What follows from one look at a container."""
     if not container.running:
         return Decision(replace(state, run=None), notice=state.farewell)
-    before = _same_run(state.run, sample.usage, clock)
+    before = _same_run(state, sample.usage, clock)
     if before is None or clock.uptime - before.seen >= SHORTEST_STEP:
         state = _seen(container, sample, replace(state, run=before, farewell=""), rules, clock)
     return _judged(container, state, rules, clock)
 
 
-def _same_run(run: Run | None, usage: Usage | None, clock: Clock) -> Run | None:
-    """The run that was last seen, if it still lasts: nothing of it outlives a restart, or the boot."""
+def _same_run(state: State, usage: Usage | None, clock: Clock) -> Run | None:
+    """The run that was last seen, if it still lasts: nothing of it outlives a restart, or the boot. Where it cannot
+    be told, it does, but for one that was to be stopped."""
+    run = state.run
     if run is None or run.boot_id != clock.boot_id or clock.uptime < run.seen:
         return None
-    return run if usage is None or usage.started <= run.seen else None
+    lasts = usage.started <= run.seen if usage else not state.farewell
+    return run if lasts else None
 
 
 def _seen(container: Watched, sample: Sample, state: State, rules: Rules, clock: Clock) -> State:
@@ -369,7 +374,7 @@ def _is_sure(policy: str, run: Run, rules: Rules) -> bool:
 def _stage(policy: str, measured: timedelta, limit: timedelta, rules: Rules) -> int:
     """0: nothing to say yet; 1: time for the first warning; 2: for the last. Where the share leaves less than
     `warning_time`, the first comes so much earlier that the stop can still come in time."""
-    first, last = (limit * share.numerator / share.denominator for share in _WARNED_AT[policy])
+    first, last = (limit / share.denominator * share.numerator for share in _WARNED_AT[policy])
     first = min(first, max(limit - (rules.enforcement.warning_time or _ZERO), _ZERO))
     if measured >= last:
         return 2
@@ -385,8 +390,9 @@ def _may_end(notice: Notice, rules: Rules, clock: Clock) -> bool:
 def _updated(notice: Notice | None, stage: int, left: timedelta, rules: Rules, clock: Clock) -> Notice:
     """The warning that stands after this look. One whose end has come nearer is a new warning: nobody is stopped
     before the time that he was told."""
-    expected = clock.uptime + max(left, _ZERO)
-    earliest = max(expected, clock.uptime + max(rules.enforcement.warning_time or _ZERO, SHORTEST_STEP))
+    lead = max(rules.enforcement.warning_time or _ZERO, SHORTEST_STEP)
+    expected = clock.uptime + min(max(left, _ZERO), _FOR_EVER)
+    earliest = max(expected, clock.uptime + min(lead, _FOR_EVER))
     if notice is None or earliest < notice.ends:
         return Notice(stage, clock.uptime, earliest, _calendar(clock, earliest))
     if expected > notice.ends + LONGEST_STEP:

@@ -82,7 +82,7 @@ def _record(state: State) -> dict[str, Any]:
         "ran": _seconds(state.ran),
         "run": _run_record(state.run) if state.run else None,
         "keep_alive": {
-            "touched": units.format_time(state.kept.touched),
+            "touched": state.kept.touched.isoformat(),
             "counted": _seconds(state.kept.counted),
         }
         if state.kept
@@ -118,7 +118,7 @@ def _notice_record(notice: Notice) -> dict[str, Any]:
         "stage": notice.stage,
         "since": _seconds(notice.since),
         "ends": _seconds(notice.ends),
-        "told": units.format_time(notice.told),
+        "told": notice.told.isoformat(),
     }
 
 
