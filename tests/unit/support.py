@@ -109,7 +109,7 @@ def config_of(**layer: Any) -> Config:
     return parse_config({"defaults": layer, **sections})
 
 
-_SECTIONS = ("groups", "user_overrides", "default_group", "gpu_allocation", "policies")
+_SECTIONS = ("groups", "user_overrides", "default_group", "gpu_allocation", "policies", "exemptions")
 _FREE = {"max_gpus": None, "max_gpus_per_container": None, "allow_full_gpu": True, "max_containers_per_user": None}
 
 

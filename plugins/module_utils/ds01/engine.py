@@ -27,7 +27,7 @@ _NEVER = "0001-01-01"
 class Container:
     """One container as the engine shows it. `status`: created, running, paused, restarting,
     removing, exited or dead; `finished_at` is None until it first stopped; `command` is its entry
-    point and command, where it was inspected alone."""
+    point and command, where it was inspected alone; `workspace` the host's directory at /workspace."""
 
     id: str
     name: str
@@ -36,6 +36,7 @@ class Container:
     labels: Mapping[str, str]
     finished_at: datetime | None = None
     command: tuple[str, ...] = ()
+    workspace: str = ""
 
     @property
     def user(self) -> str:

@@ -58,6 +58,11 @@ class Paths:
         return self.state / "metrics.json"
 
     @property
+    def policy_state(self) -> Path:
+        """What idle and runtime policies remember of the containers."""
+        return self.state / "policy-state.json"
+
+    @property
     def metadata(self) -> Path:
         return self.state / "container-metadata"
 

@@ -56,12 +56,21 @@ def holders(nodes: Collection[Path]) -> list[Client]:
 
 def lives(process: Process) -> bool:
     """Whether just this process is still there; another one may have its number by now."""
-    return _started(process.pid) == process.started
+    return started(process.pid) == process.started
 
 
 def current() -> Process:
     """This process."""
-    return Process(os.getpid(), _started(os.getpid()) or 0)
+    return Process(os.getpid(), started(os.getpid()) or 0)
+
+
+def started(pid: int) -> int | None:
+    """Clock ticks between boot and the process's start: field 22 of proc(5)'s stat; a zombie is gone."""
+    try:
+        fields = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else int(fields[19])
+    except (OSError, IndexError, ValueError):
+        return None
 
 
 def boot_id() -> str:
@@ -136,15 +145,6 @@ def _unit(pid: int) -> str:
 def _printable(text: str) -> str:
     """A program names itself as it likes."""
     return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def _started(pid: int) -> int | None:
-    """Clock ticks between boot and the process's start: field 22 of proc(5)'s stat; a zombie is gone."""
-    try:
-        fields = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else int(fields[19])
-    except (OSError, IndexError, ValueError):
-        return None
 
 
 def _login(uid: int) -> str:
