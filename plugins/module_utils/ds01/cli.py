@@ -254,6 +254,20 @@ def _cmd_restore(args: argparse.Namespace, ds01: Allocations) -> int:
     return EXIT_REFUSED if restored.problems else EXIT_OK
 
 
+def _cmd_emergency_stop(args: argparse.Namespace, ds01: Allocations) -> int:
+    from . import emergency
+
+    what = emergency.target(args.user, args.gpu)
+    report = emergency.foresee(ds01, what) if args.dry_run else emergency.stop(ds01, what, args.timeout)
+    if args.json:
+        _print_json(report.result())
+    else:
+        print(report.summary())
+    for problem in report.problems:
+        _complain("not stopped", problem)
+    return EXIT_REFUSED if report.problems else EXIT_OK
+
+
 def _show(outcome: Outcome, as_json: bool) -> int:
     if as_json:
         _print_json(outcome.result())
@@ -381,6 +395,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     restore.add_argument("--dry-run", action="store_true", help="only say what would be done")
 
+    _add_emergency_stop(add)
+
     query = add(
         "query",
         _cmd_query,
@@ -408,6 +424,23 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("file", nargs="?", help="default: the one in force")
     check.add_argument("--strict", action="store_true", help="exit 1 when there is anything to look at")
     return parser
+
+
+def _add_emergency_stop(add: Callable[..., Any]) -> None:
+    halt = add(
+        "emergency-stop",
+        _cmd_emergency_stop,
+        "End containers at once, and free their devices and those that stopped ones hold. Files are kept.",
+        "ds01 emergency-stop --user alice",
+    )
+    whom = halt.add_mutually_exclusive_group(required=True)
+    whom.add_argument("--user", help="this user's")
+    whom.add_argument("--gpu", metavar="ID", help="those on a GPU or a MIG device (0, 0:1 or a UUID)")
+    whom.add_argument("--all", action="store_true", help="all of DS01's")
+    halt.add_argument(
+        "--timeout", type=_whole, default=5, metavar="S", help="seconds until what does not end is killed (default 5)"
+    )
+    halt.add_argument("--dry-run", action="store_true", help="only say what would be stopped")
 
 
 def _add_mig(commands: Any, add: Callable[..., Any]) -> None:

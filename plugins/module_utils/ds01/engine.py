@@ -154,6 +154,16 @@ class Engine:
         with _errors(f"stop {name}"):
             self._client.stop(name, timeout=timeout)
 
+    def end(self, name: str, timeout: int) -> None:
+        """Stop it, and kill it where that does not work. One that is gone already is success."""
+        with contextlib.suppress(_NotFoundError):
+            try:
+                with _errors(f"stop {name}"):
+                    self._client.stop(name, timeout=timeout)
+            except Ds01Error:
+                with _errors(f"kill {name}"):
+                    self._client.kill(name)
+
     def ends_within(self, name: str, seconds: float) -> bool:
         """Whether the container stops in this time."""
         import requests.exceptions
