@@ -66,8 +66,10 @@ def test_everything(stage: Stage) -> None:
     assert sorted(report.stopped) == ["a._.alice", "b._.alice", "c._.bob", "e._.dave"]
     assert stage.ledger == {}
     assert running(stage) == ["theirs"], "what is not DS01's is left"
+    before = stage.host.tree()
     again = emergency.stop(stage.ds01, emergency.target())
     assert not again.changed
+    assert stage.host.tree() == before
     assert again.summary() == "Nothing to stop: all of DS01's containers do not run, and hold no device."
 
 

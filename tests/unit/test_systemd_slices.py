@@ -1,4 +1,4 @@
-"""Slices read from cgroup files, and systemctl called for them. With a real systemd: molecule/slices."""
+"""Slices read from cgroup files, and systemctl called for them. With a real systemd: molecule/allocation."""
 
 from __future__ import annotations
 

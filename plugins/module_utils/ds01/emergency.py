@@ -131,13 +131,15 @@ def stop(ds01: Allocations, what: Target, timeout: int = TIMEOUT) -> Report:
     Raises Ds01Error `engine_unavailable`.
     """
     report = Report(what)
-    ds01.events.write("policy.emergency_stop", ds01.clock(), user=what.user, message=f"Emergency stop of {what}.")
-    for _ in range(_ROUNDS):
+    for attempt in range(_ROUNDS):
         seen = _look(ds01, what)
         report.waiting = [_waiter(waiter) for waiter in seen.waiting]
         report.left = [container.name for container in seen.left]
         if not seen.running and not seen.allocations:
             return report
+        if not attempt:
+            message = f"Emergency stop of {what}."
+            ds01.events.write("policy.emergency_stop", ds01.clock(), user=what.user, message=message)
         report.problems = _end(ds01, seen.running, timeout, report)
         try:
             report.problems += _release(ds01, seen, report)
