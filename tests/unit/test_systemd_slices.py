@@ -1,4 +1,4 @@
-"""Slices read from cgroup files, and systemctl called for them. With a real systemd: molecule/slices."""
+"""Slices read from cgroup files, and systemctl called for them. With a real systemd: molecule/allocation."""
 
 from __future__ import annotations
 
@@ -141,12 +141,19 @@ def test_a_refused_change_says_what_systemd_said(path: Path) -> None:
 
 
 def test_a_removal_stops_the_slice_alone(path: Path, tmp_path: Path) -> None:
-    calls = program(path, "")
     root = tree(tmp_path / "cgroup", {**V2, f"{ALICE}/cgroup.events": "populated 0"})
+    calls = program(path, f"rm -r {root / GROUP}")
     assert systemd_slices.remove(r"ds01-lab-mary\x2dann.slice", root)
     assert calls.read_text(encoding="utf-8") == (
         "stop --no-ask-password --job-mode=ignore-dependencies -- ds01-lab-mary\\x2dann.slice\n"
     )
+
+
+def test_a_cgroup_that_systemd_has_no_slice_for_is_removed_too(path: Path, tmp_path: Path) -> None:
+    root = tree(tmp_path / "cgroup", {**V2, f"{ALICE}/cgroup.events": "populated 0"})
+    calls = program(path, f"case $(wc -l < {path}/calls) in 3) rm -r {root / GROUP};; esac")
+    assert systemd_slices.remove(r"ds01-lab-mary\x2dann.slice", root)
+    assert [line.split()[0] for line in calls.read_text(encoding="utf-8").splitlines()] == ["stop", "start", "stop"]
 
 
 def test_a_removal_gives_way_to_who_came_in_meanwhile(path: Path, tmp_path: Path) -> None:

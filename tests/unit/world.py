@@ -128,6 +128,8 @@ class World:
         self.alive: set[Process] = set()
         self._started = 0
         self.driver_answers = self.engine_answers = True
+        self.asked_to_end: list[tuple[str, str]] = []
+        self.refuses_to: dict[str, tuple[str, ...]] = {}
         self.cdi, self.nvidia_cdi, self.metadata = root / "cdi", root / "etc-cdi", root / "state" / "container-metadata"
         for directory in (self.cdi, self.nvidia_cdi, self.metadata):
             directory.mkdir(parents=True)
@@ -328,6 +330,23 @@ class Client:
     def info(self) -> dict[str, Any]:
         self._answers()
         return {"ID": "the-engine"}
+
+    def stop(self, name: str, **_: Any) -> None:
+        self._end(name, "stop")
+
+    def kill(self, name: str) -> None:
+        self._end(name, "kill")
+
+    def _end(self, name: str, how: str) -> None:
+        self._answers()
+        self._world.asked_to_end.append((how, name))
+        box = self._world.box(name)
+        if box is None:
+            raise docker.errors.NotFound("no such container", explanation="no such container")
+        if how in self._world.refuses_to.get(name, ()):
+            raise docker.errors.APIError("it hangs", explanation=f"cannot {how} {name}: it hangs")
+        if box.runs:
+            self._world.stop(box)
 
     def _answers(self) -> None:
         if not self._world.engine_answers:

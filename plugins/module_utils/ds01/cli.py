@@ -282,6 +282,51 @@ def _cmd_restore(args: argparse.Namespace, ds01: Allocations) -> int:
     return EXIT_REFUSED if restored.problems else EXIT_OK
 
 
+def _cmd_slices_list(args: argparse.Namespace, ds01: Allocations) -> int:
+    from . import slices
+
+    listing = slices.listing(ds01)
+    if args.json:
+        _print_json(listing)
+        return EXIT_OK
+    print(terminal.table(listing["slices"], terminal.SLICES))
+    for action in listing["actions"]:
+        print(action["msg"])
+    if listing["cut_off_by_reload"]:
+        print(f"A systemctl daemon-reload would take the GPUs from: {', '.join(listing['cut_off_by_reload'])}.")
+    return EXIT_OK
+
+
+def _cmd_slices_apply(args: argparse.Namespace, ds01: Allocations) -> int:
+    from . import slices
+
+    done, problems = slices.apply(ds01)
+    if args.json:
+        _print_json({"changed": bool(done), "actions": [action.record() for action in done], "problems": problems})
+    elif not done and not problems:
+        print("Every slice is as the limits file says.")
+    else:
+        for action in done:
+            print(action.message)
+    for problem in problems:
+        _complain("slices", problem)
+    return EXIT_REFUSED if problems else EXIT_OK
+
+
+def _cmd_emergency_stop(args: argparse.Namespace, ds01: Allocations) -> int:
+    from . import emergency
+
+    what = emergency.target(args.user, args.gpu)
+    report = emergency.foresee(ds01, what) if args.dry_run else emergency.stop(ds01, what, args.timeout)
+    if args.json:
+        _print_json(report.result())
+    else:
+        print(report.summary())
+    for problem in report.problems:
+        _complain("not stopped", problem)
+    return EXIT_REFUSED if report.problems else EXIT_OK
+
+
 def _show(outcome: Outcome, as_json: bool) -> int:
     if as_json:
         _print_json(outcome.result())
@@ -400,6 +445,9 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_upkeep(add)
 
+    _add_emergency_stop(add)
+    _add_slices(commands, add)
+
     query = add(
         "query",
         _cmd_query,
@@ -456,6 +504,42 @@ def _add_upkeep(add: Callable[..., Any]) -> None:
         "ds01 metrics --output /var/lib/prometheus/node-exporter",
     )
     shown.add_argument("--output", type=Path, metavar="DIR", help="write it there, as ds01.prom")
+
+
+def _add_emergency_stop(add: Callable[..., Any]) -> None:
+    halt = add(
+        "emergency-stop",
+        _cmd_emergency_stop,
+        "End containers at once, and free their devices and those that stopped ones hold. Files are kept.",
+        "ds01 emergency-stop --user alice",
+    )
+    whom = halt.add_mutually_exclusive_group(required=True)
+    whom.add_argument("--user", help="this user's")
+    whom.add_argument("--gpu", metavar="ID", help="those on a GPU or a MIG device (0, 0:1 or a UUID)")
+    whom.add_argument("--all", action="store_true", help="all of DS01's")
+    halt.add_argument(
+        "--timeout", type=_whole, default=5, metavar="S", help="seconds until what does not end is killed (default 5)"
+    )
+    halt.add_argument("--dry-run", action="store_true", help="only say what would be stopped")
+
+
+def _add_slices(commands: Any, add: Callable[..., Any]) -> None:
+    limiting = commands.add_parser("slices", help="The users' slices.", description="The users' slices.")
+    slices = limiting.add_subparsers(dest="action", required=True, metavar="ACTION")
+    add(
+        "list",
+        _cmd_slices_list,
+        "Show the limits in force, what is due, and which containers a daemon-reload would cut off from their GPUs.",
+        "ds01 slices list",
+        slices,
+    )
+    add(
+        "apply",
+        _cmd_slices_apply,
+        "Make the slices that exist as the limits file says, while containers run in them; remove those of nobody.",
+        "ds01 slices apply",
+        slices,
+    )
 
 
 def _add_mig(commands: Any, add: Callable[..., Any]) -> None:

@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from . import occupancy, units
+from .container_spec import WORKSPACE
 from .errors import Ds01Error
 from .libraries import require
 
@@ -155,6 +156,16 @@ class Engine:
         with _errors(f"stop {name}"):
             self._client.stop(name, timeout=timeout)
 
+    def end(self, name: str, timeout: int) -> None:
+        """Stop it, and kill it where that does not work. One that is gone already is success."""
+        with contextlib.suppress(_NotFoundError):
+            try:
+                with _errors(f"stop {name}"):
+                    self._client.stop(name, timeout=timeout)
+            except Ds01Error:
+                with _errors(f"kill {name}"):
+                    self._client.kill(name)
+
     def ends_within(self, name: str, seconds: float) -> bool:
         """Whether the container stops in this time."""
         import requests.exceptions
@@ -222,7 +233,8 @@ def _managed(raw: Mapping[str, Any]) -> bool:
 def _listed(raw: Mapping[str, Any]) -> Container:
     """One entry of a list. A container loses its name a moment before it is gone: its id stands for it."""
     name = raw["Names"][0].lstrip("/") if raw.get("Names") else raw["Id"][:12]
-    return Container(raw["Id"], name, raw["State"], raw["Image"], raw.get("Labels") or {})
+    workspace = next((m["Source"] for m in raw.get("Mounts") or () if m.get("Destination") == WORKSPACE), "")
+    return Container(raw["Id"], name, raw["State"], raw["Image"], raw.get("Labels") or {}, workspace=workspace)
 
 
 def _single_member(data: bytes) -> bytes | None:

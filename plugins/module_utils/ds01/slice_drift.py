@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 from . import names, units
 from .drift import Action
@@ -83,6 +84,13 @@ def decide(config: Config, live: Sequence[LiveSlice], users: Collection[str]) ->
         elif user:
             yield from _moved(found, config)
             yield from _changed(found, config)
+
+
+def describe(found: LiveSlice) -> dict[str, Any]:
+    """A slice with the limits in force, as results show it."""
+    group, user = _place(found)
+    limits = {key: _text(key, value) for key, value in found.limits.items()}
+    return {"slice": found.name, "group": group, "user": user, "containers": len(found.containers), **limits}
 
 
 def cut_off(scopes: Sequence[Scope]) -> tuple[str, ...]:

@@ -1,10 +1,13 @@
-"""The slice verbs: what is to be done about the users' slices, done; who would lose GPUs by a daemon-reload."""
+"""The slice verbs: how the users' slices are, what is to be done about them, and doing it; who would lose GPUs by a
+daemon-reload."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from . import engine, services, slice_drift, systemd_slices
+from .allocations import Allocations
 from .drift import Action
 from .engine import Listing
 from .errors import Ds01Error
@@ -41,6 +44,36 @@ def carry_out(action: Action, config: Config, users: Collection[str]) -> bool:
             f"See: journalctl -b -u '{action.subject}'",
         )
     return True
+
+
+def users(docker: engine.Engine) -> frozenset[str]:
+    """Those who have a container, running or not."""
+    return frozenset(container.user for container in docker.containers())
+
+
+def apply(ds01: Allocations) -> tuple[list[Action], list[str]]:
+    """Do all that is due, each with an event; what was done, and the problems, a sentence each."""
+    having, done, problems = users(ds01.engine), [], []
+    for action in foresee(ds01.config, having):
+        try:
+            if carry_out(action, ds01.config, having):
+                done.append(action)
+                ds01.events.write(
+                    action.kind, ds01.clock(), user=action.user, slice=action.subject, message=action.message
+                )
+        except Ds01Error as exc:
+            problems.append(str(exc))
+    return done, problems
+
+
+def listing(ds01: Allocations) -> dict[str, Any]:
+    """The users' slices with the limits in force, what is due, and whom a daemon-reload would cut off, as JSON."""
+    live = systemd_slices.live()
+    return {
+        "slices": [row for found in live if (row := slice_drift.describe(found))["user"]],
+        "actions": [action.record() for action in slice_drift.decide(ds01.config, live, users(ds01.engine))],
+        "cut_off_by_reload": list(cut_off_by_reload(ds01.engine)),
+    }
 
 
 def cut_off_by_reload(docker: engine.Engine) -> tuple[str, ...]:

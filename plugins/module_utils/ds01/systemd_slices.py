@@ -71,7 +71,12 @@ def remove(unit: str, root: Path = CGROUPS) -> bool:
     """
     services.deactivate(unit)
     left = find(unit, root)
-    if left and not left.empty:
+    if left and left.empty:
+        # It was given a limit when nothing ran in it: then there is a cgroup, and no slice to stop.
+        services.start(unit)
+        services.deactivate(unit)
+        left = find(unit, root)
+    if left:
         services.start(unit)  # somebody came in meanwhile
         return False
     # What was changed for those who had it is not for the next one with that name.

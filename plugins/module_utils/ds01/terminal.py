@@ -72,6 +72,17 @@ DEVICES = {
 }
 
 
+SLICES = {
+    "user": "User",
+    "group": "Group",
+    "containers": "Running",
+    "CPUQuota": "CPU",
+    "MemoryMax": "Memory",
+    "MemoryHigh": "throttled from",
+    "TasksMax": "Processes",
+}
+
+
 QUEUE = {
     "position": "Position",
     "container": "Container",
