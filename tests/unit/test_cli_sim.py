@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ds01.event_files import LogFiles
 from support import ROOT, Host, spec_device
 
 SIM = ROOT / "build" / "sim"
@@ -492,6 +493,31 @@ def test_events_are_shown_for_people_and_line_by_line_for_programs(server: Serve
     assert "p._.nobody" not in server.ds01("events", "--container", "a._.alice", "--lines", "9").out
 
 
+def test_events_of_older_files_are_shown_too(server: Server) -> None:
+    for user in ("alice", "bob", "carol"):
+        server.allocate(user, "p")
+        LogFiles(server.host.events).rotate(1, 9)
+    shown = server.ds01("events", "--json", "--lines", "2").out.splitlines()
+    assert [json.loads(line)["user"] for line in shown] == ["bob", "carol"]
+    assert server.ds01("events", "--user", "alice").out.count("\n") == 1
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="jq is not there")
+def test_jq_reads_all_files_in_the_order_of_time(server: Server) -> None:
+    for user in ("alice", "bob", "carol"):
+        server.allocate(user, "p")
+        LogFiles(server.host.events).rotate(1, 9)
+    files = sorted(server.host.log.glob("events*.jsonl"))
+    found = subprocess.run(
+        ["/usr/bin/env", "jq", "-r", 'select(.event == "gpu.allocated") | .user', *files],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=True,
+    )
+    assert found.stdout.split() == ["alice", "bob", "carol"]
+
+
 def test_following_events_shows_what_comes(server: Server) -> None:
     server.allocate("alice", "a")
     follower = server.start("events", "--follow", "--json")
@@ -500,6 +526,9 @@ def test_following_events_shows_what_comes(server: Server) -> None:
         assert json.loads(follower.stdout.readline())["event"] == "gpu.allocated"
         server.ds01("release", "--container", "a")
         assert json.loads(follower.stdout.readline())["event"] == "gpu.released"
+        assert LogFiles(server.host.events).rotate(1, 9)
+        server.allocate("bob", "b")
+        assert json.loads(follower.stdout.readline())["user"] == "bob"
     finally:
         follower.terminate()
         follower.wait(10)

@@ -141,6 +141,31 @@ def test_a_log_that_cannot_be_written_is_a_problem_to_tell_not_an_error(path: Pa
     assert str(path) in log.problem
 
 
+def test_a_log_that_is_set_aside_is_read_on(path: Path) -> None:
+    log = EventLog(path, "root")
+    for number in range(4):
+        log.write("gpu.held", NOW, number=number)
+        log.rotate(1, 9)
+    log.rotate(1, 9)
+    assert log.problem is None
+    assert [event["number"] for event in EventLog(path, "").read(3, bool)] == [1, 2, 3]
+    assert len(list(path.parent.iterdir())) == 5
+
+
+def test_a_log_that_cannot_be_set_aside_is_a_problem_and_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = EventLog(path, "root")
+    log.write("gpu.held", NOW)
+
+    def refuse(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    log.rotate(1, 9)
+    assert log.problem == f"The event log {path} could not be set aside: Read-only file system."
+    log.write("gpu.held", NOW)
+    assert len(lines(path)) == 2
+
+
 def _write(path: Path, worker: int) -> None:
     log = EventLog(path, f"worker {worker}")
     for number in range(200):

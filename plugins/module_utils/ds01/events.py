@@ -44,6 +44,14 @@ class EventLog:
         except OSError as exc:
             self.problem = f"The event log {self._path} could not be written: {exc.strerror}."
 
+    def rotate(self, size: int, keep: int) -> None:
+        """Set the log aside where it has at least `size` bytes; `keep` older files stay. What stands against it
+        is a `problem`: the log goes on as it is."""
+        try:
+            self.files.rotate(size, keep)
+        except OSError as exc:
+            self.problem = f"The event log {self._path} could not be set aside: {exc.strerror}."
+
     def read(
         self, last: int, wanted: Callable[[Mapping[str, Any]], bool], *, follow: bool = False
     ) -> Iterator[dict[str, Any]]:
