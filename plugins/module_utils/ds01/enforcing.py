@@ -1,0 +1,102 @@
+"""Idle and runtime limits in force: look at every container, warn its user, stop it in the end.
+
+What is decided is in policies.py. It is remembered before anything is done: whoever was warned is known to have
+been, whatever happens to this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from . import accounts, engine, nvml, policies, telling, usage
+from .allocations import Allocations, Settled
+from .containers import Containers, Wish
+from .drift import Action
+from .engine import Container
+from .policies import Review, Sample, Watched
+from .policy_state import PolicyStore
+
+
+def foresee(ds01: Allocations, settled: Settled) -> list[Action]:
+    """The warnings and stops that are due. Writes nothing, and so brings nobody nearer to one."""
+    return list(_review(ds01, settled, PolicyStore(ds01.paths.policy_state)).actions)
+
+
+def begin(ds01: Allocations, settled: Settled) -> Review:
+    """Look, decide and remember; what there is to do now, and what the notices say. Under reconcile's lock.
+
+    Raises Ds01Error, and nobody is to be stopped, where it could not be remembered.
+    """
+    store = PolicyStore(ds01.paths.policy_state)
+    review = _review(ds01, settled, store)
+    store.write(review.states)
+    return review
+
+
+def carry_out(ds01: Allocations, action: Action) -> None:
+    """One warning or stop, with its event. Raises Ds01Error where a container could not be stopped."""
+    if action.kind == "policy.stopped":
+        wish = Wish("stopped", ds01.name(action.subject, action.user), stop_timeout=int(action.details["stop_timeout"]))
+        (report,) = Containers(ds01).apply([wish])
+        if report.error:
+            raise report.error
+    account = accounts.lookup(action.user)
+    if account:
+        telling.say(account, action.message)
+    ds01.events.write(
+        action.kind,
+        ds01.clock(),
+        user=action.user,
+        container=action.subject,
+        reason=str(action.details.get("policy", "")),
+        message=action.message,
+    )
+
+
+def leave_notices(settled: Settled, wanted: Mapping[str, str], told: Mapping[str, str]) -> dict[str, str]:
+    """Bring the notices in the workspaces up to date; those that stand then, by container. `told` stood before."""
+    workspaces = {c.name: c for c in settled.seen.containers if c.workspace}
+    stand = {name: text for name, text in told.items() if name in workspaces}
+    for name in sorted(wanted.keys() | stand.keys()):
+        if wanted.get(name) != stand.get(name) and name in workspaces:
+            _leave_notice(workspaces[name], wanted.get(name, ""))
+    return {name: text for name, text in wanted.items() if name in workspaces}
+
+
+def _leave_notice(container: Container, text: str) -> None:
+    account = accounts.lookup(container.user)
+    if account:
+        telling.leave_notice(account, Path(container.workspace, policies.notice_file(container.name)), text)
+
+
+def _review(ds01: Allocations, settled: Settled, store: PolicyStore) -> Review:
+    clock = usage.clock()
+    ours = [c for c in settled.seen.containers if c.own and c.user]
+    demand = policies.high_demand(ds01.config, settled.seen.inventory, settled.ledger)
+    return policies.review(
+        [Watched(c.id, c.name, c.user, c.gpus, c.status in engine.RUNNING) for c in ours],
+        _samples(settled, [c for c in ours if c.status in engine.RUNNING]),
+        store.read(),
+        lambda container: policies.rules_of(ds01.config, container, clock.time, demand=demand),
+        clock,
+    )
+
+
+def _samples(settled: Settled, running: list[Container]) -> dict[str, Sample]:
+    """By container id: what each uses now, as far as it can be read."""
+    if not running:
+        return {}
+    usages = usage.usages([c.id for c in running])
+    with nvml.session() as driver:
+        devices = driver.uses(settled.seen.inventory)
+    samples = {}
+    for container in running:
+        allocation = settled.ledger.allocations.get(container.name)
+        uuids = [d.uuid for d in allocation.devices] if allocation else []
+        samples[container.id] = Sample(
+            usages.get(container.id),
+            tuple(devices.get(uuid) for uuid in uuids),
+            usage.keep_alive(Path(container.workspace)) if container.workspace else None,
+        )
+    return samples

@@ -1,0 +1,61 @@
+"""Words for users on this host: a file in their workspace, a line on their terminals. An adapter; nothing here raises.
+
+In a workspace root writes nothing: whatever lies there is its user's, links included. So the user's own identity
+does it, and gets no further than the user would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from .names import Account
+
+_TIMEOUT = 10
+_TERMINALS = Path("/dev/pts")
+
+
+def leave_notice(account: Account, file: Path, text: str) -> bool:
+    """The file says this; without a text there is none. False where the user could not do that."""
+    if text:
+        return _run_as(account, ["/usr/bin/tee", "--", str(file)], text)
+    return _run_as(account, ["/bin/rm", "-f", "--", str(file)])
+
+
+def say(account: Account, text: str, terminals: Path = _TERMINALS) -> int:
+    """A line on each terminal that the user has open; on how many."""
+    told = 0
+    for terminal in terminals.glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            told += _write(terminal, account.uid, f"\r\n*** DS01: {text}\r\n".encode())
+    return told
+
+
+def _write(terminal: Path, uid: int, line: bytes) -> bool:
+    fd = os.open(terminal, os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return os.fstat(fd).st_uid == uid and os.write(fd, line) > 0
+    finally:
+        os.close(fd)
+
+
+def _run_as(account: Account, argv: Sequence[str], text: str = "") -> bool:
+    root = os.geteuid() == 0
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            argv,
+            input=text.encode(),
+            user=account.uid if root else None,
+            group=account.gid if root else None,
+            extra_groups=[] if root else None,
+            cwd="/",
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_TIMEOUT,
+            check=False,
+        )
+        return done.returncode == 0
+    return False
