@@ -26,12 +26,13 @@ DISTRUST = 3600.0
 @dataclass(frozen=True)
 class Memory:
     """`offset` is the clock less the time since boot, `distrust_until` a time since boot (seconds, both);
-    `unmanaged` says who used which device without DS01."""
+    `unmanaged` says who used which device without DS01, `notices` what stands in the containers' workspaces."""
 
     boot_id: str = ""
     offset: float | None = None
     distrust_until: float = 0.0
     unmanaged: Mapping[str, str] = field(default_factory=dict)
+    notices: Mapping[str, str] = field(default_factory=dict)
 
     def at(self, boot_id: str, now: datetime, since_boot: float) -> Memory:
         """The memory once the clock was read: whether it was set since the run before."""

@@ -17,7 +17,7 @@ from .libraries import require
 from .model import FULL, Device, Gpu, Inventory
 
 if TYPE_CHECKING:
-    from . import mig
+    from . import mig, policies
 
 _T = TypeVar("_T")
 
@@ -119,6 +119,23 @@ class Nvml:
                 continue
             found.update({d.uuid: instance for instance, inside in its.items() for d in inside})
         return found
+
+    def uses(self, inventory: Inventory) -> dict[str, policies.DeviceUse]:
+        """Device UUID -> how it is used now; a device that could not be read is absent."""
+        found = {}
+        running = self.processes(inventory)
+        for device in inventory.devices:
+            with contextlib.suppress(self._n.NVMLError):
+                found[device.uuid] = self._use(device, running.get(device.uuid, ()))
+        return found
+
+    def _use(self, device: Device, pids: tuple[int, ...]) -> policies.DeviceUse:
+        from . import policies
+
+        handle = self._n.nvmlDeviceGetHandleByUUID(device.uuid)
+        rates = self._optional(self._n.nvmlDeviceGetUtilizationRates, None, handle) if device.is_full else None
+        memory = self._n.nvmlDeviceGetMemoryInfo(handle).used
+        return policies.DeviceUse(pids, memory, None if rates is None else rates.gpu)
 
     def layout(self, inventory: Inventory) -> tuple[mig.GpuState, ...]:
         """How each GPU is cut and could be: its profiles with their placements, and its instances.

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import claims, drift, engine, exclusion, memory, metrics, processes, publishing, slices, watchdog
+from . import claims, drift, enforcing, engine, exclusion, memory, metrics, processes, publishing, slices, watchdog
 from .allocations import Allocations, Settled
 from .containers import Containers
 from .drift import Action, Box
@@ -84,16 +84,21 @@ def reconcile(ds01: Allocations) -> Reconciled:
     ):
         known = memory.read(ds01.paths.memory)
         now = known.at(processes.boot_id(), ds01.clock(), memory.since_boot())
+        settled: Settled | None = None
         with run.stage("allocations"):
             settled = ds01.settle()
             run.actions += _of_settled(settled)
             now = replace(now, unmanaged=_report_unmanaged(ds01, run.actions, known.unmanaged))
         with run.stage("containers"):
             _remove(ds01, _overdue(ds01, now), run)
+        with run.stage("policies"):
+            if settled:
+                now = replace(now, notices=_enforce(ds01, settled, now.notices, run))
         with run.stage("slices"):
             _set_slices(ds01, run)
         if now != known:
             memory.write(ds01.paths.memory, now)
+        ds01.events.rotate(ds01.config.events.rotate_at, ds01.config.events.keep)
         with run.stage("metrics"):
             _publish(ds01, run, memory.since_boot() - began)
     return run.done()
@@ -105,7 +110,9 @@ def foresee(ds01: Allocations) -> Reconciled:
     run = _Run()
     now = memory.read(ds01.paths.memory).at(processes.boot_id(), ds01.clock(), memory.since_boot())
     with run.stage("allocations"):
-        run.actions += _of_settled(ds01.foresee_settle())
+        settled = ds01.foresee_settle()
+        run.actions += _of_settled(settled)
+        run.actions += enforcing.foresee(ds01, settled)
     with run.stage("containers"):
         run.actions += _overdue(ds01, now)
     with run.stage("slices"):
@@ -162,6 +169,20 @@ def _remove(ds01: Allocations, actions: Iterable[Action], run: _Run) -> None:
             name = ds01.name(action.subject, action.user)
             containers.discard(name, action.details["container_id"], action.message)
             run.actions.append(action)
+
+
+# --- idle and runtime limits
+
+
+def _enforce(ds01: Allocations, settled: Settled, told: Mapping[str, str], run: _Run) -> dict[str, str]:
+    """Warn and stop; the notices that stand in the workspaces then."""
+    review = enforcing.begin(ds01, settled)
+    stand = enforcing.leave_notices(settled, review.notices, told)
+    for action in review.actions:
+        with run.stage(action.subject):
+            enforcing.carry_out(ds01, action)
+            run.actions.append(action)
+    return stand
 
 
 # --- slices
