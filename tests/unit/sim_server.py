@@ -409,8 +409,9 @@ class Server:
 
     def _check_nothing_left(self) -> None:
         assert [cut for cut in self.cuts() if "?" in cut] == [], "GPU instances without a compute instance"
-        left = [p.name for folder in (self.host.cdi, self.host.state) for p in folder.glob(".*")]
-        assert left == [], "half-written files stay"
+        left = {p.name for folder in (self.host.cdi, self.host.state) for p in folder.glob(".*")}
+        # Where all was done but a new generation of the same ledger; the ledger's next write takes its place.
+        assert left <= {".gpu-state.json.new"}, "half-written files stay"
 
     def nvidia_devices(self) -> list[Mapping[str, Any]]:
         """The devices in NVIDIA's spec."""
@@ -440,7 +441,8 @@ def set_up(host: Host, patch: pytest.MonkeyPatch, gpus: str, cut: Mapping[str, s
     host.limits(LIMITS)
     shutil.copy(ROOT / "config" / "mig-layouts.yaml", host.config.with_name("mig-layouts.yaml"))
     host.cdi.mkdir()
-    server.write_nvidia_spec()
+    if server.devices():  # without one nvidia-ctk fails
+        server.write_nvidia_spec()
     patch.setattr(cutter, "_PAUSE", 0)  # who holds an instance in a test does so for good
     server.calls.watch(patch)
     return server

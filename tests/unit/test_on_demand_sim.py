@@ -223,6 +223,52 @@ def test_where_the_driver_refuses_the_request_is_refused_and_all_is_as_before(st
     server.check_nothing_false()
 
 
+def test_where_one_gpu_cannot_be_cut_another_is(start: Start) -> None:  # noqa: F811
+    server = dynamic(start, g0="7g.80gb", g1="7g.80gb")
+    server.simulate("busy=0:0")
+    outcome = server.allocate("p._.bob", "3g.40gb")
+    assert outcome.ok, outcome.message
+    assert server.cuts() == ["7g.80gb@0", "3g.40gb@4"]
+    assert outcome.message == "Allocated 1:0 (3g.40gb) to p._.bob. GPU 1 is cut for it: 3g.40gb at 4."
+    assert [e["reason"] for e in events(server, "mig.refused")] == ["layout_in_use"]
+    server.check_all_done()
+
+
+def test_one_who_waits_keeps_his_place_while_gpus_are_tried(start: Start) -> None:  # noqa: F811
+    """Behind him waits another one for the same."""
+    server = dynamic(start, g0="7g.80gb", g1="7g.80gb")
+    for number in (0, 1):
+        server.allocate(f"p{number}._.alice", "7g.80gb")
+    now = datetime.now(timezone.utc).replace(microsecond=0)
+    ticket = Ticket(now, now + timedelta(minutes=5), current())
+    first, second = (change("allocated", user, profile="3g.40gb", ticket=ticket) for user in ("first", "second"))
+    assert all(o.waiter for o in server.ds01().apply([first, second]))
+    for number in (0, 1):
+        server.report("released", f"p{number}._.alice")
+    server.simulate("busy=0:0")
+    [outcome] = server.ds01().apply([first])
+    assert outcome.ok, outcome.message
+    assert [w.request.user for w in server.ds01().store.read().queue] == ["second"]
+    [outcome] = server.ds01().apply([second])
+    assert outcome.ok, outcome.message
+    assert server.cuts() == ["7g.80gb@0", "3g.40gb@0 3g.40gb@4"]
+    server.check_all_done()
+
+
+def test_one_who_waits_for_what_cannot_be_cut_is_told(start: Start) -> None:  # noqa: F811
+    server = dynamic(start, "A100-SXM4-80GB", g0="7g.80gb")
+    server.allocate("p._.alice", "7g.80gb")
+    now = datetime.now(timezone.utc).replace(microsecond=0)
+    ticket = Ticket(now, now + timedelta(minutes=5), current())
+    large = change("allocated", "bob", profile="3g.40gb", ticket=ticket)
+    assert server.ds01().apply([large])[0].waiter
+    server.report("released", "p._.alice")
+    server.simulate("busy=0:0")
+    [outcome] = server.ds01().apply([large])
+    assert (outcome.reason, outcome.waiter) == ("layout_in_use", None)
+    assert server.ds01().store.read().queue == ()
+
+
 def test_the_others_of_a_batch_get_what_is_theirs(start: Start) -> None:  # noqa: F811
     server = dynamic(start, g0="7g.80gb", g1="2g.20gb,1g.10gb")
     server.allocate("p._.alice", "2g.20gb")
@@ -246,10 +292,11 @@ def test_somebody_cuts_the_same_room_meanwhile(start: Start) -> None:  # noqa: F
     server.allocate("p._.alice", "2g.20gb")
     server.calls.before("nvmlDeviceCreateGpuInstanceWithPlacement", lambda: server.somebody_cuts(0, "3g.40gb", 4))
     outcome = server.allocate("p._.bob", "3g.40gb")
-    assert (outcome.ok, outcome.reason) == (False, "layout_impossible")
-    assert set(server.ledger()) == {"p._.alice"}
-    server.check_nothing_false()
-    assert server.allocate("p._.bob", "3g.40gb").ok, "what somebody else cut is there to be given"
+    assert outcome.ok, "what somebody else cut is there to be given"
+    assert outcome.message == "Allocated 0:0 (3g.40gb) to p._.bob."
+    assert server.ledger()["p._.bob"] == (server.uuids(0)["3g.40gb@4"],)
+    assert [e["reason"] for e in events(server, "mig.refused")] == ["layout_impossible"]
+    server.check_all_done()
 
 
 def test_who_waits_is_served_by_a_cut_once_there_is_room(start: Start) -> None:  # noqa: F811

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from ds01 import cli
 from sim_server import Server, Start, needs_sim, plan_of, start, steps  # noqa: F401 - start is a fixture
 
 pytestmark = needs_sim
@@ -37,6 +39,21 @@ def test_a_converged_run_changes_nothing_and_opens_nvml_once(
     assert (server.calls.writes, server.calls.made.count("nvmlInit")) == ([], 1)
     assert server.written() == written
     assert server.host.events.read_bytes() == log, "what did not happen is no event"
+
+
+def test_two_specs_of_nvidia_are_written_from_one_run_of_its_tool(
+    start: Start,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One of the host's boot, and one that is kept."""
+    server, ran, run = start("A100-SXM4-80GB", g0=SEVEN), [], subprocess.run
+    kept = server.host.cdi / "nvidia-kept.yaml"
+    kept.write_bytes(server.nvidia_spec.read_bytes())
+    monkeypatch.setattr(subprocess, "run", lambda argv, **rest: ran.append(argv[0]) or run(argv, **rest))
+    server.apply(g0=ONE_OF_SEVEN)
+    assert ran == ["nvidia-ctk", "nvidia-smi", "nvidia-ctk"], "once before, to see whether it would work"
+    assert kept.read_bytes() == server.nvidia_spec.read_bytes()
+    server.check_all_done()
 
 
 def test_a_layout_by_name_converges_too(start: Start) -> None:  # noqa: F811
@@ -133,3 +150,33 @@ def test_a_leftover_is_cleaned_up_by_the_next_run(start: Start) -> None:  # noqa
     done = server.apply(g0="2g.20gb,1g.10gb")
     assert steps(done) == ["0 destroy 1g.10gb 3"]
     server.check_all_done()
+
+
+@pytest.mark.parametrize(("gpus", "cut", "wanted"), CHANGES.values(), ids=CHANGES)
+def test_the_command_s_dry_run_shows_what_it_does_then(
+    gpus: str,
+    cut: Mapping[str, str],
+    wanted: Mapping[str, str],
+    start: Start,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server = start(gpus, **cut)
+    argv = [
+        "mig",
+        "apply",
+        "--json",
+        *(word for gpu, text in wanted.items() for word in ("--gpu", f"{gpu[1:]}={text}")),
+    ]
+
+    def run(*more: str) -> dict[str, Any]:
+        assert cli.main([*argv, *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    before = server.host.tree()
+    foreseen = run("--dry-run")
+    assert server.host.tree() == before
+    done = run()
+    assert without_new(done["plan"]) == without_new(foreseen["plan"])
+    assert (done["changed"], done["msg"]) == (foreseen["changed"], foreseen["msg"])
+    again = run("--dry-run")
+    assert (again["changed"], {step["action"] for step in again["plan"]} <= {"keep"}) == (False, True)

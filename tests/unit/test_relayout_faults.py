@@ -104,6 +104,12 @@ BEFORE: dict[str, Fault] = {
         "layout_in_use",
         ("the GPU itself", f"process {os.getpid()} ("),
     ),
+    "nvidia-ctk is no program": (
+        lambda s: (s.host.root / "bin" / "nvidia-ctk").write_bytes(b"\x7f\0"),
+        {"g0": ANEW},
+        "driver_unavailable",
+        ("nvidia-ctk cannot be run", "playbooks/site.yml installs it"),
+    ),
     "nvidia-ctk fails": (
         lambda s: broken(s, "nvidia-ctk"),
         {"g0": ANEW},

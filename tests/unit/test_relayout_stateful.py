@@ -3,11 +3,13 @@ that was not to be taken from him, and everything on the host agrees. Longer: HY
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pynvml
 import pytest
 from ds01.errors import Ds01Error
 from hypothesis import Phase, settings
@@ -137,8 +139,6 @@ class Relayouts(RuleBasedStateMachine):
 
     def _somebody_cuts(self, gpu: int) -> None:
         """The first place for a 1g that is free, if the GPU is in MIG mode and there is one."""
-        import pynvml
-
         for start in range(7):
             try:
                 return self.server.somebody_cuts(gpu, "1g.10gb", start)
@@ -157,8 +157,6 @@ class Relayouts(RuleBasedStateMachine):
         assert not self.server.restore().changed
 
     def _places(self) -> dict[str, list[tuple[str, str, list[int] | None]]]:
-        import json
-
         records = json.loads(self.host.ledger.read_bytes())["allocations"] if self.host.ledger.exists() else {}
         return {
             name: [(d["gpu_uuid"], d["profile"], d["placement"]) for d in record["devices"]]
@@ -181,11 +179,11 @@ class Relayouts(RuleBasedStateMachine):
             self.server.check_all_done()
 
 
-TestRelayouts = pytest.mark.usefixtures()(Relayouts.TestCase)
+TestRelayouts = Relayouts.TestCase
 TestRelayouts.pytestmark = needs_sim
 _LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
 Relayouts.TestCase.settings = settings(
-    max_examples=300 if _LONG else 12,
+    max_examples=100 if _LONG else 12,
     stateful_step_count=30 if _LONG else 15,
     phases=(Phase.explicit, Phase.generate) if not _LONG else tuple(Phase),
 )

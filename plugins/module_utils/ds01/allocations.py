@@ -33,7 +33,7 @@ from . import (
 from .cdi import Cdi, Rewrite
 from .errors import Ds01Error, invalid_input
 from .ledger import Transaction
-from .model import Allocation, Inventory, Ledger, Refusal
+from .model import Allocation, Inventory, Ledger, Refusal, Waiter
 from .observation import Observation, Observer
 from .paths import Paths
 from .saved_layout import SavedLayoutStore
@@ -53,6 +53,28 @@ class _OutdatedError(Ds01Error):
 
     def __init__(self, what: str) -> None:
         super().__init__("container_busy", f"While this was decided {what}.", "Try again; nothing was changed.")
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """What a run looks at, and what it puts right: whether the engine and the driver are asked, whether
+    what is over anyway is noticed, and whether every container's CDI device is compared with the ledger."""
+
+    engine: bool
+    driver: bool
+    due: bool
+    mend: bool = False
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a look at everything found: what became of allocations, and whose CDI device was not what the
+    ledger says; the ledger and the host afterwards."""
+
+    outcomes: Sequence[Outcome]
+    mended: Sequence[str]
+    ledger: Ledger
+    seen: Observation
 
 
 @dataclass(frozen=True)
@@ -78,6 +100,8 @@ class _Plan:
     now: datetime
     rebooted: bool
     cuts: Mapping[int, Placed] = field(default_factory=dict)
+    mended: Sequence[str] = ()
+    """Containers whose CDI device is not what that ledger says."""
 
 
 class Allocations:
@@ -147,58 +171,126 @@ class Allocations:
 
         A ledger that is gone or damaged is first rebuilt from the containers.
         """
+        plan, _ = self._persistently(changes, _scope_of(changes))
+        problem = self.events.problem
+        return [replace(o, warnings=(*o.warnings, problem)) for o in plan.outcomes] if problem else plan.outcomes
+
+    def settle(self) -> Settled:
+        """Notice what is over or was seen to have changed, and put right every CDI device that is not what the
+        ledger says. Raises Ds01Error where the driver, the engine or the ledger does not answer."""
+        plan, seen = self._persistently((), _everything())
+        return Settled(plan.due, plan.mended, plan.ledger, seen)
+
+    def foresee_settle(self) -> Settled:
+        """What `settle` would do now. Writes nothing and takes no lock."""
+        with contextlib.ExitStack() as stack:
+            scope = _everything()
+            sources, now = self._open(scope, stack), self.store.read()
+            seen = self._observe((), scope, now, sources)
+            plan = self._plan((), scope, now, seen, sources)
+        return Settled(plan.due, plan.mended, plan.ledger, seen)
+
+    def _persistently(self, changes: Sequence[Change], scope: _Scope) -> tuple[_Plan, Observation]:
+        """Decide and write, anew where the world moved on meanwhile; then the events."""
         for left in reversed(range(_ATTEMPTS)):
             try:
-                plan = self._decide_and_write(changes)
+                plan, seen = self._decide_and_write(changes, scope)
                 break
             except _OutdatedError:
                 if not left:
                     raise
         self._record_events(plan)
-        problem = self.events.problem
-        return [replace(o, warnings=(*o.warnings, problem)) for o in plan.outcomes] if problem else plan.outcomes
+        return plan, seen
 
-    def _decide_and_write(self, changes: Sequence[Change]) -> _Plan:
+    def _decide_and_write(self, changes: Sequence[Change], scope: _Scope) -> tuple[_Plan, Observation]:
         """One attempt. Raises _OutdatedError, with nothing changed, when the world moved on meanwhile."""
         if not engine.disabled() and self.store.lost():
             self.rebuild()
         with contextlib.ExitStack() as stack:
-            sources = self._open(changes, stack)
+            sources = self._open(scope, stack)
             first = self.store.read()
-            seen = self._observe(changes, first, sources)
+            seen = self._observe(changes, scope, first, sources)
             transaction = stack.enter_context(self.store.transaction())
             if transaction.ledger.generation < first.generation:
                 raise _OutdatedError("the ledger was removed")  # what is empty now is no ledger
             if transaction.ledger != first:
-                seen = self._observe(changes, transaction.ledger, sources)  # what was seen may be older than that
+                seen = self._observe(changes, scope, transaction.ledger, sources)  # what was seen may be older
                 if sources.driver:
                     sources = replace(sources, spec=self.cdi.nvidia_spec())
-            plan = self._plan(changes, transaction.ledger, seen, sources)
-            if sources.driver and not sources.driver.has(_granted(plan)):
-                raise _OutdatedError("GPUs were cut")  # of what nobody had, which shows in no ledger
+            plan = self._plan(changes, scope, transaction.ledger, seen, sources)
+            if self._cuts_on_demand and any(o.reason == "driver_unavailable" for o in plan.outcomes):
+                sources = self._mended(transaction, sources)
+                plan = self._plan(changes, scope, transaction.ledger, seen, sources)
+            if sources.driver and _cut_since(plan, seen, sources.driver):
+                raise _OutdatedError("GPUs were cut")
             self._write(transaction, plan, seen)
-            if plan.cuts and sources.driver:
-                plan = self._with_cuts(transaction, plan, seen, sources.driver)
-        return plan
+            if plan.cuts:
+                plan = self._with_cuts(changes, transaction, plan, seen, sources)
+        return plan, seen
 
     def _write(self, transaction: Transaction, plan: _Plan, seen: Observation) -> None:
         """The plan's ledger, and the CDI devices that follow from it. Raises as `carry_out` does."""
         moved = _moved(transaction.ledger, plan.ledger)
         stopped = set(moved) - seen.running
+        moved += (c for c in plan.mended if c not in moved)
         project = (a for a in _to_project(plan, transaction.ledger) if all_there(a, seen.inventory))
         self.carry_out(transaction, plan.ledger, plan.now, moved, project, plan.spec, stopped)
 
-    def _with_cuts(self, transaction: Transaction, plan: _Plan, seen: Observation, driver: nvml.Nvml) -> _Plan:
-        """The plan once GPUs are cut for it, under the same lock. Where that fails, those for whom it was are
-        refused for that reason; what the others got stays."""
+    @property
+    def _cuts_on_demand(self) -> bool:
+        return self.config.gpu.mig_strategy == "dynamic"
+
+    def _mended(self, transaction: Transaction, sources: _Sources) -> _Sources:
+        """The sources once NVIDIA's CDI spec is that of the devices: a request that was killed after it had a
+        GPU cut leaves another, and nobody else writes it."""
         from . import relayout  # a host whose GPUs stay as they are does without
 
+        if sources.driver:
+            with contextlib.suppress(Ds01Error):  # then the refusal stands
+                relayout.mend(self, sources.driver, transaction)
+        return replace(sources, spec=self.cdi.nvidia_spec())
+
+    def _with_cuts(
+        self,
+        changes: Sequence[Change],
+        transaction: Transaction,
+        plan: _Plan,
+        seen: Observation,
+        sources: _Sources,
+        spoilt: frozenset[int] = frozenset(),
+    ) -> _Plan:
+        """The plan once GPUs are cut for it, under the same lock. Where a GPU cannot be cut others are tried,
+        but `spoilt`; where none is left, those for whom it was are refused for the reason it could not be.
+        What the others were given stays."""
         try:
-            inventory = relayout.cut_on_demand(self, driver, transaction, seen, plan.cuts)
-            done = self._bound(plan, transaction.ledger, replace(seen, inventory=inventory))
-            self._write(transaction, done, replace(seen, inventory=inventory))
+            return self._cut(transaction, plan, seen, sources)
         except Ds01Error as exc:
-            return replace(plan, outcomes=[_not_cut(o, exc) if o.is_uncut else o for o in plan.outcomes])
+            failure = exc
+        numbers = [number for number, outcome in enumerate(plan.outcomes) if outcome.is_uncut]
+        rest, spoilt = [changes[number] for number in numbers], spoilt.union(_spoilt(failure, plan))
+        try:
+            sources = replace(sources, spec=self.cdi.nvidia_spec())
+            scope = _scope_of(rest)
+            seen = self._observe(rest, scope, transaction.ledger, sources)
+            again = _refused_for(self._plan(rest, scope, transaction.ledger, seen, sources, spoilt), failure)
+            self._write(transaction, again, seen)
+            if again.cuts:
+                again = self._with_cuts(rest, transaction, again, seen, sources, spoilt)
+        except Ds01Error as exc:
+            again = replace(plan, outcomes=[_not_cut(plan.outcomes[number], exc) for number in numbers], due=())
+        outcomes = list(plan.outcomes)
+        for number, outcome in zip(numbers, again.outcomes, strict=True):
+            outcomes[number] = outcome
+        return replace(again, outcomes=outcomes, due=[*plan.due, *again.due])
+
+    def _cut(self, transaction: Transaction, plan: _Plan, seen: Observation, sources: _Sources) -> _Plan:
+        """The plan once it is carried out, all of it. Raises Ds01Error."""
+        from . import relayout  # a host whose GPUs stay as they are does without
+
+        inventory = relayout.cut_on_demand(self, sources.driver, transaction, seen, plan.cuts)
+        seen = replace(seen, inventory=inventory)
+        done = self._bound(plan, transaction.ledger, seen)
+        self._write(transaction, done, seen)
         return done
 
     def _bound(self, plan: _Plan, now: Ledger, seen: Observation) -> _Plan:
@@ -314,11 +406,16 @@ class Allocations:
             transaction, final, now, self._wrongly_projected(final.allocations), there, self.cdi.nvidia_spec()
         )
 
-    def misprojected(self, now: Ledger, inventory: Inventory) -> bool:
-        """Whether a CDI device says something else than this ledger, or is missing."""
-        there = (a for a in now.allocations.values() if all_there(a, inventory))
-        missing = any(self.cdi.projected(a.container) is None for a in there)
-        return missing or bool(self._wrongly_projected(now.allocations))
+    def misprojected(self, now: Ledger, inventory: Inventory, spec: Mapping[str, Any] | None) -> list[str]:
+        """The containers whose CDI device says something else than this ledger, names a device that is gone,
+        or is missing though NVIDIA's spec has all that it needs."""
+        had = {container: self.cdi.projected(container) for container in self.cdi.containers()}
+        should = {
+            a.container: _uuids(a)
+            for a in now.allocations.values()
+            if all_there(a, inventory) and self.cdi.problem(_uuids(a), spec) is None
+        }
+        return sorted(c for c in had.keys() | should.keys() if had.get(c) != should.get(c))
 
     def look_at_driver(self, driver: nvml.Nvml) -> Observation:
         """The devices and their processes, without asking the engine."""
@@ -351,8 +448,9 @@ class Allocations:
     def preview(self, changes: Sequence[Change]) -> Sequence[Outcome]:
         """What `apply` would do now. Writes nothing and takes no lock."""
         with contextlib.ExitStack() as stack:
-            sources, now = self._open(changes, stack), self.store.read()
-            return self._plan(changes, now, self._observe(changes, now, sources), sources).outcomes
+            scope = _scope_of(changes)
+            sources, now = self._open(scope, stack), self.store.read()
+            return self._plan(changes, scope, now, self._observe(changes, scope, now, sources), sources).outcomes
 
     def validate(self, name: names.ContainerName, gpu: str | None = None) -> Outcome:
         """Whether the container's devices still exist, are healthy, and are the ones projected."""
@@ -402,34 +500,45 @@ class Allocations:
         harmless = self.config.policies.monitoring_containers
         return self._observer.look(now, driver, stopping=stopping, harmless=harmless)
 
-    def _open(self, changes: Sequence[Change], stack: contextlib.ExitStack) -> _Sources:
+    def _open(self, scope: _Scope, stack: contextlib.ExitStack) -> _Sources:
         """What is slow and does not depend on the ledger, done before its lock is taken: imports, the
         limits file, the engine's connection, the driver's session, NVIDIA's CDI spec."""
         _ = self.config
-        if _needs_engine(changes):
+        if scope.engine:
             _ = self.engine
-        if not _needs_driver(changes):
+        if not scope.driver:
             return _Sources(None, None)
         return _Sources(stack.enter_context(nvml.session()), self.cdi.nvidia_spec())
 
-    def _observe(self, changes: Sequence[Change], now: Ledger, sources: _Sources) -> Observation:
-        if not _needs_engine(changes):
+    def _observe(self, changes: Sequence[Change], scope: _Scope, now: Ledger, sources: _Sources) -> Observation:
+        if not scope.engine:
             return self._observer.without_engine(sources.driver)
         return self.look(now, sources.driver, {change.name.full for change in changes if change.state == "held"})
 
-    def _plan(self, changes: Sequence[Change], before: Ledger, seen: Observation, sources: _Sources) -> _Plan:
-        """The decisions; where the limits file says so, with GPUs cut for requests that nothing else serves."""
-        plan = self._decided(changes, before, seen, sources)
-        if self.config.gpu.mig_strategy != "dynamic" or not sources.driver or not _may_need_cuts(plan, before):
+    def _plan(
+        self,
+        changes: Sequence[Change],
+        scope: _Scope,
+        before: Ledger,
+        seen: Observation,
+        sources: _Sources,
+        spoilt: frozenset[int] = frozenset(),
+    ) -> _Plan:
+        """The decisions; where the limits file says so, with GPUs, but `spoilt`, cut for requests that nothing
+        else serves."""
+        plan = self._decided(changes, scope, before, seen, sources)
+        if not (self._cuts_on_demand and sources.driver and _may_need_cuts(plan, before)):
             return plan
         from . import on_demand  # a host whose GPUs stay as they are does without
 
-        gpus = [gpu for gpu in sources.driver.layout(seen.inventory) if on_demand.is_open(gpu)]
-        return self._decided(changes, before, seen, sources, gpus)
+        gpus = (gpu for gpu in sources.driver.layout(seen.inventory) if gpu.index not in spoilt)
+        open_ = [gpu for gpu in gpus if on_demand.is_open(gpu)]
+        return self._decided(changes, scope, before, seen, sources, open_)
 
     def _decided(
         self,
         changes: Sequence[Change],
+        scope: _Scope,
         before: Ledger,
         seen: Observation,
         sources: _Sources,
@@ -438,7 +547,7 @@ class Allocations:
         """Fold the decisions over the ledger, each device of it named as it is called now."""
         time, boot = self.clock(), processes.boot_id()
         now = resolved(before, seen.inventory)
-        due = self._due(now, changes, seen, time) if _allocating(changes) else []
+        due = self._due(now, changes, seen, time) if scope.due else []
         for outcome in due:
             now = after(now, outcome)
         situation = self.situation(now, seen, time)
@@ -452,7 +561,7 @@ class Allocations:
             outcome = self._projectable(outcome, sources.spec)
             situation = _followed(situation, outcome)
             outcomes.append(outcome)
-        final = _without_uncut(situation.ledger, outcomes)
+        final = _without_uncut(situation.ledger, waiting, outcomes)
         # Only what was looked up in this boot may be projected in it.
         rebooted = bool(sources.driver and before.allocations) and before.boot_id != boot
         same = (final.allocations, final.queue) == (before.allocations, waiting)
@@ -463,7 +572,10 @@ class Allocations:
         if _differs(final, before):
             final = replace(final, engine_id=seen.engine_id or before.engine_id)
         cuts = {index: layout for outcome in outcomes for index, layout in outcome.cuts.items()}
-        return _Plan(outcomes, due, final, sources.spec, time, rebooted, cuts)
+        moved = _moved(before, final)
+        mended = self.misprojected(final, seen.inventory, sources.spec) if scope.mend else []
+        mended = [container for container in mended if container not in moved]
+        return _Plan(outcomes, due, final, sources.spec, time, rebooted, cuts, mended)
 
     def _due(self, now: Ledger, changes: Sequence[Change], seen: Observation, time: datetime) -> list[Outcome]:
         """What is over or was seen to have changed; whoever asks again keeps his."""
@@ -526,15 +638,30 @@ def _may_need_cuts(plan: _Plan, before: Ledger) -> bool:
     return unserved or bool(before.queue)
 
 
-def _without_uncut(now: Ledger, outcomes: Sequence[Outcome]) -> Ledger:
-    """The ledger as long as nothing is cut."""
+def _without_uncut(now: Ledger, queue: Sequence[Waiter], outcomes: Sequence[Outcome]) -> Ledger:
+    """The ledger as long as nothing is cut: whoever had waited in the `queue` before waits in his place."""
     before: dict[str, Allocation | None] = {}
     for outcome in outcomes:
         if outcome.is_uncut:
             before.setdefault(outcome.name.full, outcome.before)
     for container, allocation in before.items():
         now = now.with_allocation(allocation) if allocation else now.without(container)
-    return now
+    stays = tuple(w for w in queue if w in now.queue or w.request.container in before)
+    return replace(now, queue=(*stays, *(w for w in now.queue if w not in queue))) if before else now
+
+
+def _spoilt(failure: Ds01Error, plan: _Plan) -> Collection[int]:
+    """The GPU that could not be cut; where it is not known, all that were to be."""
+    gpu = failure.details.get("gpu")
+    return [gpu] if isinstance(gpu, int) else plan.cuts
+
+
+def _refused_for(plan: _Plan, failure: Ds01Error) -> _Plan:
+    """The plan in which nobody waits for a GPU that cannot be cut: who is not served is refused for that."""
+    outcomes = [o if o.ok else _not_cut(o, failure) for o in plan.outcomes]
+    lost = {o.name.full for o in outcomes if not o.ok}
+    queue = tuple(w for w in plan.ledger.queue if w.request.container not in lost)
+    return replace(plan, outcomes=outcomes, ledger=replace(plan.ledger, queue=queue))
 
 
 def _not_cut(outcome: Outcome, exc: Ds01Error) -> Outcome:
@@ -561,9 +688,25 @@ def _allocating(changes: Sequence[Change]) -> bool:
     return any(change.state == "allocated" for change in changes)
 
 
+def _scope_of(changes: Sequence[Change]) -> _Scope:
+    """What a batch of requests has to look at."""
+    return _Scope(_needs_engine(changes), _needs_driver(changes), _allocating(changes))
+
+
+def _everything() -> _Scope:
+    return _Scope(engine=not engine.disabled(), driver=True, due=True, mend=True)
+
+
 def _needs_engine(changes: Sequence[Change]) -> bool:
     """Whether it matters which containers exist and run: to all but a container that just started."""
     return not engine.disabled() and any(change.state != "active" for change in changes)
+
+
+def _cut_since(plan: _Plan, seen: Observation, driver: nvml.Nvml) -> bool:
+    """Whether GPUs were cut since they were looked at: of devices that nobody had no ledger tells."""
+    if plan.cuts:
+        return [d.uuid for d in driver.inventory().devices] != [d.uuid for d in seen.inventory.devices]
+    return not driver.has(_granted(plan))
 
 
 def _granted(plan: _Plan) -> list[str]:
@@ -584,7 +727,7 @@ def _to_project(plan: _Plan, before: Ledger) -> Iterator[Allocation]:
     asked = {o.name.full for o in plan.outcomes if _granting(o)}
     for name, allocation in plan.ledger.allocations.items():
         known = before.allocations.get(name)
-        if plan.rebooted or name in asked or (known and known.devices != allocation.devices):
+        if plan.rebooted or name in asked or name in plan.mended or (known and known.devices != allocation.devices):
             yield allocation
 
 

@@ -40,7 +40,9 @@ def refresh(spec_files: Iterable[Path]) -> None:
     texts: dict[str, str | None] = {}
     for file in spec_files:
         kind = "json" if file.suffix == ".json" else "yaml"
-        text = texts.setdefault(kind, _generate(kind))
+        if kind not in texts:
+            texts[kind] = _generate(kind)
+        text = texts[kind]
         if text is not None and not (file.exists() and file.read_text(encoding="utf-8") == text):
             _write(file, text)
 
@@ -78,6 +80,8 @@ def _run(*argv: str) -> subprocess.CompletedProcess[str]:
     except subprocess.TimeoutExpired:
         problem = f"{' '.join(argv)} did not answer within {_TIMEOUT} s."
         raise Ds01Error("driver_unavailable", problem, "Its driver may hang: dmesg shows more.") from None
+    except OSError as exc:
+        raise Ds01Error("driver_unavailable", f"{argv[0]} cannot be run: {exc.strerror}.", _INSTALL) from None
 
 
 def _last_line(text: str) -> str:
