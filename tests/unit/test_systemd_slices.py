@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from ds01 import services, systemd_slices
 from ds01.errors import Ds01Error
+from ds01.slice_drift import LiveSlice
 
 GROUP = "ds01.slice/ds01-lab.slice"
 ALICE = rf"{GROUP}/ds01-lab-mary\x2dann.slice"
@@ -63,8 +64,20 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return directory
 
 
+@pytest.fixture
+def cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(systemd_slices, "CGROUPS", tmp_path / "cgroup")
+    return tmp_path / "cgroup"
+
+
+def live(root: Path) -> list[LiveSlice]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(systemd_slices, "CGROUPS", root)
+        return systemd_slices.live()
+
+
 def test_cgroup_v2(tmp_path: Path) -> None:
-    group, user = systemd_slices.live(tree(tmp_path, V2))
+    group, user = live(tree(tmp_path, V2))
     assert (group.name, group.empty, group.containers) == ("ds01-lab.slice", False, ())
     assert user.name == r"ds01-lab-mary\x2dann.slice"
     assert user.limits == {
@@ -78,7 +91,7 @@ def test_cgroup_v2(tmp_path: Path) -> None:
 
 def test_cgroup_v1(tmp_path: Path) -> None:
     """No MemoryHigh there, and the kernel takes no quota below that of a container."""
-    group, user = systemd_slices.live(tree(tmp_path, V1))
+    group, user = live(tree(tmp_path, V1))
     assert (group.name, group.empty) == ("ds01-lab.slice", False)
     assert user.limits == {"CPUQuota": Fraction(48), "MemoryMax": 206158430208, "TasksMax": 12288}
     assert (user.empty, user.containers) == (False, (ID,))
@@ -97,33 +110,32 @@ UNLIMITED = {
 
 @pytest.mark.parametrize("version", UNLIMITED)
 def test_unlimited(version: str, tmp_path: Path) -> None:
-    _, user = systemd_slices.live(tree(tmp_path, {**{"v1": V1, "v2": V2}[version], **UNLIMITED[version]}))
+    _, user = live(tree(tmp_path, {**{"v1": V1, "v2": V2}[version], **UNLIMITED[version]}))
     assert set(user.limits.values()) == {None}
 
 
 def test_empty(tmp_path: Path) -> None:
     v1 = tree(tmp_path / "1", {**V1, f"systemd/{SCOPE}/cgroup.procs": ""})
     v2 = tree(tmp_path / "2", {**V2, f"{ALICE}/cgroup.events": "populated 0\nfrozen 0"})
-    assert systemd_slices.live(v1)[1].empty
-    assert systemd_slices.live(v2)[1].empty
+    assert live(v1)[1].empty
+    assert live(v2)[1].empty
 
 
 def test_a_controller_that_limits_nothing_and_one_that_is_not_there(tmp_path: Path) -> None:
     """systemd makes no file for a limit that nobody set; a v1 kernel may lack a whole controller."""
     bare = {key: text for key, text in V2.items() if not key.endswith(("pids.max", "cpu.max"))}
-    assert systemd_slices.live(tree(tmp_path / "2", bare))[1].limits["TasksMax"] is None
+    assert live(tree(tmp_path / "2", bare))[1].limits["TasksMax"] is None
     bare = {key: text for key, text in V1.items() if not key.startswith("pids/")}
-    assert "TasksMax" not in systemd_slices.live(tree(tmp_path / "1", bare))[1].limits
+    assert "TasksMax" not in live(tree(tmp_path / "1", bare))[1].limits
 
 
 def test_a_host_without_slices(tmp_path: Path) -> None:
-    assert systemd_slices.live(tmp_path) == []
-    assert systemd_slices.find("ds01-lab-x.slice", tmp_path) is None
+    assert live(tmp_path) == []
 
 
 def test_what_lies_deeper_is_not_a_slice_of_its_own(tmp_path: Path) -> None:
     tree(tmp_path, {**V2, f"{ALICE}/ds01-lab-mary-ann.slice/cgroup.events": "populated 0"})
-    assert len(systemd_slices.live(tmp_path)) == 2
+    assert len(live(tmp_path)) == 2
 
 
 def test_a_change_is_for_this_boot_and_in_one_call(path: Path) -> None:
@@ -140,37 +152,38 @@ def test_a_refused_change_says_what_systemd_said(path: Path) -> None:
         systemd_slices.change("ds01-lab-alice.slice", {"TasksMax": "5"})
 
 
-def test_a_removal_stops_the_slice_alone(path: Path, tmp_path: Path) -> None:
-    root = tree(tmp_path / "cgroup", {**V2, f"{ALICE}/cgroup.events": "populated 0"})
+def test_a_removal_stops_the_slice_alone(path: Path, cgroups: Path) -> None:
+    root = tree(cgroups, {**V2, f"{ALICE}/cgroup.events": "populated 0"})
     calls = program(path, f"rm -r {root / GROUP}")
-    assert systemd_slices.remove(r"ds01-lab-mary\x2dann.slice", root)
+    assert systemd_slices.remove(r"ds01-lab-mary\x2dann.slice")
     assert calls.read_text(encoding="utf-8") == (
         "stop --no-ask-password --job-mode=ignore-dependencies -- ds01-lab-mary\\x2dann.slice\n"
     )
 
 
-def test_a_cgroup_that_systemd_has_no_slice_for_is_removed_too(path: Path, tmp_path: Path) -> None:
-    root = tree(tmp_path / "cgroup", {**V2, f"{ALICE}/cgroup.events": "populated 0"})
+def test_a_cgroup_that_systemd_has_no_slice_for_is_removed_too(path: Path, cgroups: Path) -> None:
+    root = tree(cgroups, {**V2, f"{ALICE}/cgroup.events": "populated 0"})
     calls = program(path, f"case $(wc -l < {path}/calls) in 3) rm -r {root / GROUP};; esac")
-    assert systemd_slices.remove(r"ds01-lab-mary\x2dann.slice", root)
+    assert systemd_slices.remove(r"ds01-lab-mary\x2dann.slice")
     assert [line.split()[0] for line in calls.read_text(encoding="utf-8").splitlines()] == ["stop", "start", "stop"]
 
 
-def test_a_removal_gives_way_to_who_came_in_meanwhile(path: Path, tmp_path: Path) -> None:
+def test_a_removal_gives_way_to_who_came_in_meanwhile(path: Path, cgroups: Path) -> None:
     calls = program(path, "")
-    root = tree(tmp_path / "cgroup", V2)
-    assert not systemd_slices.remove(r"ds01-lab-mary\x2dann.slice", root)
+    tree(cgroups, V2)
+    assert not systemd_slices.remove(r"ds01-lab-mary\x2dann.slice")
     assert calls.read_text(encoding="utf-8").splitlines()[1:] == [
         "start --no-ask-password -- ds01-lab-mary\\x2dann.slice"
     ]
 
 
-def test_a_limit_comes_into_force_or_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_comes_into_force_or_does_not(cgroups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(systemd_slices, "_SETTLE", 0.1)
-    root, name = tree(tmp_path, V2), r"ds01-lab-mary\x2dann.slice"
-    assert systemd_slices.in_force(name, lambda found: found.limits["TasksMax"] == 12288, root)
-    assert not systemd_slices.in_force(name, lambda found: found.limits["TasksMax"] == 5, root)
-    assert systemd_slices.in_force("ds01-lab-gone.slice", lambda _: False, root)
+    tree(cgroups, V2)
+    name = r"ds01-lab-mary\x2dann.slice"
+    assert systemd_slices.in_force(name, lambda found: found.limits["TasksMax"] == 12288)
+    assert not systemd_slices.in_force(name, lambda found: found.limits["TasksMax"] == 5)
+    assert systemd_slices.in_force("ds01-lab-gone.slice", lambda _: False)
 
 
 def test_the_device_rules_of_scopes(path: Path) -> None:

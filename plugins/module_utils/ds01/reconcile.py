@@ -116,7 +116,8 @@ def foresee(ds01: Allocations) -> Reconciled:
     with run.stage("containers"):
         run.actions += _overdue(ds01, now)
     with run.stage("slices"):
-        run.actions += slices.foresee(ds01.config, _users(ds01))
+        if not engine.disabled():
+            run.actions += slices.foresee(ds01.config, slices.users(ds01.engine))
     return run.done()
 
 
@@ -188,18 +189,17 @@ def _enforce(ds01: Allocations, settled: Settled, told: Mapping[str, str], run: 
 # --- slices
 
 
-def _users(ds01: Allocations) -> set[str]:
-    """Those who have a container, running or not."""
-    return set() if engine.disabled() else {container.user for container in ds01.engine.containers()}
-
-
 def _set_slices(ds01: Allocations, run: _Run) -> None:
-    users = _users(ds01)
+    if engine.disabled():
+        return
+    users = slices.users(ds01.engine)
     for action in slices.foresee(ds01.config, users):
         with run.stage(action.subject):
             done = slices.carry_out(action, ds01.config, users)
             if done:
-                ds01.events.write(action.kind, ds01.clock(), user=action.user, message=action.message)
+                ds01.events.write(
+                    action.kind, ds01.clock(), user=action.user, slice=action.subject, message=action.message
+                )
             if done or action.kind in drift.REPORTS:
                 run.actions.append(action)
 

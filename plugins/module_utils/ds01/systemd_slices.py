@@ -29,15 +29,15 @@ _SETTLE = 2.0
 _PAUSE = 0.02
 
 
-def live(root: Path = CGROUPS) -> list[LiveSlice]:
+def live() -> list[LiveSlice]:
     """The slices of groups and users that exist now. None where systemd made none yet."""
-    tree = _tree(root)
+    tree = _tree(CGROUPS)
     return [_slice(tree, path) for path in _slices(tree.names)]
 
 
-def find(unit: str, root: Path = CGROUPS) -> LiveSlice | None:
+def find(unit: str) -> LiveSlice | None:
     """One of them; None where it does not exist now."""
-    tree = _tree(root)
+    tree = _tree(CGROUPS)
     path = next((path for path in _slices(tree.names) if path.name == unit), None)
     return _slice(tree, path) if path else None
 
@@ -51,12 +51,12 @@ def change(unit: str, properties: Mapping[str, str]) -> None:
     services.set_properties(unit, properties)
 
 
-def in_force(unit: str, agreed: Callable[[LiveSlice], bool], root: Path = CGROUPS) -> bool:
+def in_force(unit: str, agreed: Callable[[LiveSlice], bool]) -> bool:
     """Whether the slice, as long as it exists, comes to be as agreed: systemd answers before it has written, and says
     nothing of what the kernel refuses."""
     deadline = time.monotonic() + _SETTLE
     while True:
-        found = find(unit, root)
+        found = find(unit)
         if found is None or agreed(found):
             return True
         if time.monotonic() > deadline:
@@ -64,18 +64,18 @@ def in_force(unit: str, agreed: Callable[[LiveSlice], bool], root: Path = CGROUP
         time.sleep(_PAUSE)
 
 
-def remove(unit: str, root: Path = CGROUPS) -> bool:
+def remove(unit: str) -> bool:
     """Remove an empty slice; False where it is not empty any more: nothing that runs in it is ever stopped.
 
     Raises Ds01Error `service_failed`.
     """
     services.deactivate(unit)
-    left = find(unit, root)
+    left = find(unit)
     if left and left.empty:
         # It was given a limit when nothing ran in it: then there is a cgroup, and no slice to stop.
         services.start(unit)
         services.deactivate(unit)
-        left = find(unit, root)
+        left = find(unit)
     if left:
         services.start(unit)  # somebody came in meanwhile
         return False
