@@ -76,3 +76,6 @@ def test_at_any_write(
         if served:
             assert server.cut(0) == after
             assert server.projected() == server.ledger()
+            server.boot()
+            server.restore()
+            assert server.projected().keys() == server.ledger().keys(), "everybody's place is there again"

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ds01_mig_profile
 import pytest
+import sim_tools
 import yaml
 from ds01_mig_profile import Ds01Error
-from sim_server import Server, Start, needs_sim, start
+from sim_server import LIMITS, SIM, Server, Start, initial, needs_sim, start
+from support import ROOT, Host
 
 __all__ = ["start"]
+
+PLAYBOOK = ROOT / "playbooks" / "mig.yml"
+
+# Answers as systemctl does about one unit, and notes that it was stopped.
+SYSTEMCTL = """\
+#!/bin/sh
+case $1 in
+is-active) test -e {running} && echo active || {{ echo inactive; exit 3; }} ;;
+stop) rm {running} && touch {stopped} ;;
+start) touch {running} ;;
+esac
+"""
 
 CUT = "2g.20gb,1g.10gb+me,3g.40gb"
 
@@ -86,6 +106,21 @@ class TestOnAServer:
             assert [r["gpu"] for r in caught.value.details["refusals"]] == [1]
             assert server.cut(0) == "off"
 
+    def test_a_service_that_gave_way_is_in_the_result_of_the_run_too(self, server: Server) -> None:
+        """systemd's part is played by a file for each unit that runs."""
+        running, stopped = server.host.root / "lab-monitor.service", server.host.root / "stopped"
+        systemctl = server.host.root / "bin" / "systemctl"
+        systemctl.write_text(SYSTEMCTL.format(running=running, stopped=stopped), encoding="utf-8")
+        systemctl.chmod(0o755)
+        running.touch()
+        server.host.limits(LIMITS + "policies: {mig_services: [lab-monitor.service]}\n")
+        foreseen = run(check=True, gpus={"0": ["3g.40gb"]})
+        done = run(gpus={"0": ["3g.40gb"]})
+        assert foreseen["services"] == done["services"] == ["lab-monitor.service"]
+        assert stopped.exists()
+        assert running.exists()
+        assert run(gpus={"0": ["3g.40gb"]})["services"] == []
+
     def test_what_is_exported_leads_to_itself(self, server: Server) -> None:
         result = ds01_mig_profile.exported(service(), "as found")
         assert not result["changed"]
@@ -130,3 +165,88 @@ def test_gpus_that_mean_nothing(written: Mapping[Any, Any], problem: str) -> Non
     with pytest.raises(Ds01Error, match=problem) as caught:
         ds01_mig_profile.profiles(written)
     assert caught.value.reason == "invalid_input"
+
+
+PYTHON = """\
+#!/bin/sh
+export LD_LIBRARY_PATH={sim} PATH={tools}:$PATH {variables}
+exec {python} "$@"
+"""
+"""A server's interpreter: the same machine, with a driver and a DS01 of its own."""
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Two servers on this machine, gpu1 with an A30 and gpu2 with an A100."""
+
+    root: Path
+
+    def state(self, name: str) -> str:
+        return (self.root / name / "gpus").read_text(encoding="utf-8")
+
+    def play(self, *options: str) -> subprocess.CompletedProcess[str]:
+        """playbooks/mig.yml."""
+        return subprocess.run(
+            [Path(sys.executable).parent / "ansible-playbook", "-i", self.root / "hosts.yml", *options, PLAYBOOK],
+            cwd=ROOT,
+            env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Fleet:
+    hosts = {}
+    for name, model in (("gpu1", "A30-24GB"), ("gpu2", "A100-SXM4-80GB")):
+        root = tmp_path / name
+        shutil.copytree(ROOT / "config", root / "etc")
+        (root / "gpus").write_text(initial(model).replace("permit_any=0", "permit_any=1"), encoding="utf-8")
+        parts = [root / "etc" / "resource-limits.yaml", *(root / part for part in ("state", "log", "cdi"))]
+        env = {**Host(root, *parts).env, "NVML_SIM_STATE": str(root / "gpus")}
+        variables = " ".join(f"{key}={value}" for key, value in env.items())
+        tools = sim_tools.write(root / "bin", root / "machine")
+        script = PYTHON.format(sim=SIM, tools=tools, variables=variables, python=sys.executable)
+        (root / "python").write_text(script, encoding="utf-8")
+        (root / "python").chmod(0o755)
+        hosts[name] = {"ansible_connection": "local", "ansible_become": False, "ds01_python": str(root / "python")}
+    (tmp_path / "hosts.yml").write_text(json.dumps({"gpu_servers": {"hosts": hosts}}), encoding="utf-8")
+    return Fleet(tmp_path)
+
+
+class TestThePlaybook:
+    pytestmark = needs_sim
+
+    def test_the_server_that_refuses_is_the_last_one_tried(self, fleet: Fleet) -> None:
+        before = fleet.state("gpu2")
+        done = fleet.play("-e", '{"ds01_mig_gpus": {"0": ["3g.40gb"]}}')
+        assert done.returncode != 0
+        assert "GPU 0 (NVIDIA A30) has no profile 3g.40gb" in done.stdout
+        assert "gpu2" not in done.stdout
+        assert fleet.state("gpu2") == before
+
+    def test_it_says_the_plan_of_each_server_and_then_changes_nothing(self, fleet: Fleet) -> None:
+        done = fleet.play("-e", "ds01_mig_layout=all-balanced")
+        assert done.returncode == 0, done.stdout + done.stderr
+        for line in ("+ create 2g.12gb at 0-1", "+ create 3g.40gb at 4-7", "+ enable MIG mode"):
+            assert line in done.stdout
+        again = fleet.play("-e", "ds01_mig_layout=all-balanced", "--diff")
+        assert again.stdout.count("changed=0") == 2
+        assert "as wanted, nothing to do" in again.stdout
+
+    @pytest.mark.parametrize(
+        ("options", "problem"),
+        [
+            (["-e", "ds01_mig_layout={{ 7 * 7 }}"], "ds01_mig_layout"),
+            (["-e", "ds01_mig_state=absent"], "value of ds01_mig_state must be one of"),
+            (["-e", "ds01_mig_gpus=1"], "ds01_mig_gpus"),
+            (["-e", '{"ds01_mig_gpus": {"0": []}, "ds01_mig_layout": "x"}'], "mutually exclusive"),
+        ],
+        ids=["a template", "no such state", "no mapping", "two wishes"],
+    )
+    def test_inputs(self, options: list[str], problem: str, fleet: Fleet) -> None:
+        done = fleet.play(*options)
+        assert done.returncode != 0
+        assert problem in done.stdout

@@ -176,6 +176,29 @@ def test_a_failed_write_is_a_refusal_not_a_traceback(path: Path) -> None:
     assert caught.value.reason == "ledger_unavailable"
 
 
+def test_what_could_not_be_written_is_not_taken_for_done(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tried again in the same transaction, once there is space."""
+    commit(path, BEFORE)
+    store = LedgerStore(path)
+    with store.transaction() as transaction:
+        with monkeypatch.context() as full, pytest.raises(Ds01Error):
+            full.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            transaction.commit(AFTER, NOW)
+        assert transaction.ledger.allocations == BEFORE.allocations
+        assert transaction.commit(AFTER, NOW)
+    assert store.read().allocations == AFTER.allocations
+
+
+def test_a_renewal_is_a_generation_of_the_same(path: Path) -> None:
+    commit(path, BEFORE)
+    store = LedgerStore(path)
+    before = store.read()
+    with store.transaction() as transaction:
+        transaction.renew(NOW)
+    assert store.read().generation == before.generation + 1
+    assert store.read().allocations == before.allocations
+
+
 def test_a_state_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("a file", encoding="utf-8")
     with pytest.raises(Ds01Error) as caught:

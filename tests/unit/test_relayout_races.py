@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from ds01.ledger import LedgerStore
-from sim_server import Server, Start, needs_sim, start, steps  # noqa: F401 - start is a fixture
+from sim_server import LIMITS, Server, Start, needs_sim, start, steps  # noqa: F401 - start is a fixture
 
 pytestmark = needs_sim
 
@@ -86,6 +86,32 @@ def test_the_same_change_meanwhile_is_enough(start: Start, meanwhile: Meanwhile)
     meanwhile(lambda: server.apply(g0="3g.40gb"))
     server.apply(g0="3g.40gb")
     assert len(server.calls.writes) == 8, "three go, one comes, and none of that twice"
+    server.check_all_done()
+
+
+def dynamic(server: Server) -> Server:
+    server.host.limits(LIMITS.replace("strategy: packed", "strategy: packed, mig_strategy: dynamic"))
+    return server
+
+
+def test_what_another_program_cut_meanwhile_is_not_taken_for_a_leftover(
+    start: Start,  # noqa: F811
+    meanwhile: Meanwhile,
+) -> None:
+    """A request has its GPU cut, beside what came since it looked."""
+    server = dynamic(start("A100-SXM4-80GB", g0=""))
+    meanwhile(lambda: server.somebody_cuts(0, "1g.10gb", 0))
+    assert server.allocate("p._.alice", "3g.40gb").reason == "granted"
+    assert server.cut(0) == "1g.10gb@0 3g.40gb@4"
+    server.check_all_done()
+
+
+def test_two_requests_have_one_gpu_cut(start: Start, meanwhile: Meanwhile) -> None:  # noqa: F811
+    server = dynamic(start("A100-SXM4-80GB", g0="7g.80gb"))
+    meanwhile(lambda: server.allocate("q._.bob", "3g.40gb"))
+    assert server.allocate("p._.alice", "3g.40gb").reason == "granted"
+    assert server.cut(0) == "3g.40gb@0 3g.40gb@4"
+    assert server.ledger().keys() == {"p._.alice", "q._.bob"}
     server.check_all_done()
 
 

@@ -221,8 +221,8 @@ class Allocations:
             if self._cuts_on_demand and any(o.reason == "driver_unavailable" for o in plan.outcomes):
                 sources = self._mended(transaction, sources)
                 plan = self._plan(changes, scope, transaction.ledger, seen, sources)
-            if sources.driver and not sources.driver.has(_granted(plan)):
-                raise _OutdatedError("GPUs were cut")  # of what nobody had, which shows in no ledger
+            if sources.driver and _cut_since(plan, seen, sources.driver):
+                raise _OutdatedError("GPUs were cut")
             self._write(transaction, plan, seen)
             if plan.cuts:
                 plan = self._with_cuts(changes, transaction, plan, seen, sources)
@@ -700,6 +700,13 @@ def _everything() -> _Scope:
 def _needs_engine(changes: Sequence[Change]) -> bool:
     """Whether it matters which containers exist and run: to all but a container that just started."""
     return not engine.disabled() and any(change.state != "active" for change in changes)
+
+
+def _cut_since(plan: _Plan, seen: Observation, driver: nvml.Nvml) -> bool:
+    """Whether GPUs were cut since they were looked at: of devices that nobody had no ledger tells."""
+    if plan.cuts:
+        return [d.uuid for d in driver.inventory().devices] != [d.uuid for d in seen.inventory.devices]
+    return not driver.has(_granted(plan))
 
 
 def _granted(plan: _Plan) -> list[str]:

@@ -47,8 +47,9 @@ class Transaction:
         self._write(self.ledger, now)
 
     def _write(self, ledger: Ledger, now: datetime) -> None:
-        self.ledger = replace(ledger, generation=self.ledger.generation + 1, last_updated=now)
-        self._store.write(self.ledger)
+        new = replace(ledger, generation=self.ledger.generation + 1, last_updated=now)
+        self._store.write(new)
+        self.ledger = new  # not before: what could not be written is not so
 
 
 def _readable(document: Mapping[str, Any]) -> bytes:

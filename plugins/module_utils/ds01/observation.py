@@ -1,7 +1,8 @@
 """One look at a host: what the engine runs and what the driver has. Reads only; an adapter over adapters.
 
 It is taken before the ledger's lock, and again under it only when the ledger changed in between:
-whatever DS01 does to containers or devices shows there first.
+whatever DS01 does to containers or devices shows there. What is granted is looked up once more, for other
+programs cut GPUs, too.
 """
 
 from __future__ import annotations

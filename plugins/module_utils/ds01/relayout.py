@@ -65,7 +65,9 @@ def apply(ds01: Allocations, wanted: Wanted, force: Collection[str] = (), say: S
                     "ledger_unavailable", "The ledger was removed meanwhile.", "Run this again; nothing was changed."
                 )
             # Until here others could cut, which shows in no ledger where nobody had the devices.
-            planned = _foresee(ds01, driver, transaction.ledger, wanted, force)
+            # The services that gave way do not run any more, and belong to what was done all the same.
+            again = _foresee(ds01, driver, transaction.ledger, wanted, force)
+            planned = replace(again, services=planned.services)
             if not planned.changed:
                 return planned
             inventory = cut(ds01, driver, transaction, planned, say)
@@ -150,7 +152,10 @@ def mend(ds01: Allocations, driver: nvml.Nvml, transaction: Transaction) -> None
     """Put right what depends on the layout, as a run that was killed leaves it. Raises Ds01Error."""
     if _has_toolkit():
         toolkit.check()
-    _settle(ds01, driver, transaction, transaction.ledger, ())
+    spec = ds01.cdi.nvidia_spec() or {}
+    known = {device.get("name") for device in spec.get("devices", ())}
+    cut_by_it = {device.gpu_uuid for device in driver.inventory().devices if device.uuid not in known}
+    _settle(ds01, driver, transaction, transaction.ledger, (), cut_by_it)
 
 
 # --- under the lock
@@ -230,13 +235,18 @@ def _settle(
     broken: Collection[str],
     changed: Collection[str] = (),
 ) -> Inventory:
-    """Nodes, NVIDIA's spec, ledger, CDI devices and the saved layout, as the GPUs are now.
+    """The saved layout, nodes, NVIDIA's spec, ledger and CDI devices, as the GPUs are now.
+
+    In this order: as long as the spec does not hold the new devices nobody is given one, so whoever is
+    has it again after a reboot.
 
     `before` is the ledger before the change (without a `transaction` it is left alone), `broken` are
     containers that may have lost devices by it, `changed` the UUIDs of the GPUs whose layout is DS01's
     from now on.
     """
     inventory = driver.inventory()
+    gpus = [gpu for gpu in driver.layout(inventory) if gpu.uuid in changed]
+    ds01.saved_layout.write(_noted(ds01.saved_layout.read(), gpus))
     if _has_toolkit() and _spec_problem(ds01, inventory):
         toolkit.refresh(ds01.cdi.nvidia_targets())
     if transaction:
@@ -245,8 +255,6 @@ def _settle(
         if final.allocations:
             final = replace(final, boot_id=processes.boot_id())
         ds01.reproject(transaction, final, ds01.clock(), inventory)
-    gpus = [gpu for gpu in driver.layout(inventory) if gpu.uuid in changed]
-    ds01.saved_layout.write(_noted(ds01.saved_layout.read(), gpus))
     if _has_toolkit() and (problem := _spec_problem(ds01, inventory)):
         raise Ds01Error(
             "driver_unavailable",
