@@ -101,6 +101,8 @@ SIGNS: dict[str, Case] = {
     "network at the threshold": Case(transferring(MIB), idle=False),
     "network threshold with a unit": Case(transferring(MIB), idle=True, policies={"network_idle_threshold": "2m"}),
     "network that does not count": Case(transferring(99 * MIB), idle=True, policies={"network_idle_threshold": None}),
+    "network threshold 0, nothing sent": Case(nothing, idle=True, policies={"network_idle_threshold": 0}),
+    "network threshold 0, a byte": Case(transferring(1), idle=False, policies={"network_idle_threshold": 0}),
     "MIG: a kernel that sits there": Case(nothing, idle=True, device=MIG),
     "MIG: no process": Case(nothing, idle=True, device=DeviceUse()),
     "MIG: memory changes": Case(allocating, idle=False, device=MIG),
@@ -546,6 +548,33 @@ def test_demand_that_becomes_high_stops_nobody_before_the_time_he_was_told() -> 
     assert not w.minutes(1).running
 
 
+def test_not_even_where_the_warning_is_old() -> None:
+    w = idle(530, idle_timeout="10h")
+    w.demand = True
+    w.minutes(1)
+    assert w.kinds() == [(481, "warned"), (532, "last warned")]
+    assert w.minutes(14).running
+    assert not w.minutes(1).running
+
+
+def test_a_warning_s_time_that_is_made_longer_counts_at_once() -> None:
+    w = idle(29, **HALF_HOUR)
+    longer = strict({"warning_time": "20m"})
+    w.config = config_of(**HALF_HOUR, max_runtime=None, policies=longer)
+    assert w.minutes(5).running
+    assert not w.minutes(1).running
+
+
+def test_use_takes_a_warning_back_that_came_with_the_first_idle_minute() -> None:
+    w = idle(5, idle_timeout="10m")
+    assert w.last.notice
+    w.minutes(1, utilised(90))
+    assert w.last.notice == ""
+    w.minutes(1, utilised(0)).minutes(14)
+    assert w.running
+    assert not w.minutes(1).running
+
+
 def test_demand_that_falls_again_takes_the_warning_back() -> None:
     w = world(idle_timeout="10h")
     w.demand = True
@@ -618,6 +647,8 @@ def test_one_that_does_not_stop_is_stopped_again_the_next_time() -> None:
     assert [what for _, what in w.kinds()][-3:] == ["stopped"] * 3
     w.minutes(1, utilised(90))
     assert w.last == replace(w.last, actions=(), notice="")
+    w.stop()
+    assert w.look().notice == ""  # by its user, this time
 
 
 def test_one_stop_is_enough() -> None:

@@ -1,12 +1,13 @@
 """Idle and runtime limits in force: look at every container, warn its user, stop it in the end.
 
-What is decided is in policies.py. It is remembered before anything is done: whoever was warned is known to have
-been, whatever happens to this process.
+What is decided is in policies.py. Warnings are given before they are remembered, and remembered before anybody is
+stopped: a process that dies in between warns again, and nobody is stopped who was not told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from . import accounts, engine, nvml, policies, telling, usage
@@ -23,15 +24,24 @@ def foresee(ds01: Allocations, settled: Settled) -> list[Action]:
     return list(_review(ds01, settled, PolicyStore(ds01.paths.policy_state)).actions)
 
 
-def begin(ds01: Allocations, settled: Settled) -> Review:
-    """Look, decide and remember; what there is to do now, and what the notices say. Under reconcile's lock.
+@dataclass(frozen=True)
+class Round:
+    """One look at all containers: the warnings and the stops that are due, and what the notices say now."""
 
-    Raises Ds01Error, and nobody is to be stopped, where it could not be remembered.
-    """
+    warnings: Sequence[Action]
+    stops: Sequence[Action]
+    notices: Mapping[str, str]
+    remember: Callable[[], None]
+    """To be called between warnings and stops. Raises Ds01Error: then nobody is to be stopped."""
+
+
+def look(ds01: Allocations, settled: Settled) -> Round:
+    """Look and decide. Under reconcile's lock."""
     store = PolicyStore(ds01.paths.policy_state)
     review = _review(ds01, settled, store)
-    store.write(review.states)
-    return review
+    stops = [action for action in review.actions if action.kind == "policy.stopped"]
+    warnings = [action for action in review.actions if action.kind != "policy.stopped"]
+    return Round(warnings, stops, review.notices, lambda: store.write(review.states))
 
 
 def carry_out(ds01: Allocations, action: Action) -> None:

@@ -68,6 +68,7 @@ def lint(
         *_members(config, known_user),
         *_overridden(config, known_user),
         *_reservations(config, now, inventory),
+        *_exemptions(config, now, known_user),
         *(_profile(config, cut) if cut else ()),
     ]
     # Found through several groups, it is the same finding; the file may use a limit's old name.
@@ -221,6 +222,18 @@ def _overlap(one: Reservation, other: Reservation, inventory: Inventory | None) 
 def _covers(booked: str, device: str) -> bool:
     """As far as the names themselves show it: a booked GPU books its MIG devices too."""
     return device == booked or device.partition(":")[0] == booked
+
+
+def _exemptions(config: Config, now: datetime, known_user: Callable[[str], bool] | None) -> Iterator[Finding]:
+    for index, exemption in enumerate(config.exemptions):
+        path = f"exemptions.{index}"
+        if exemption.problem:
+            yield Finding(path, f"this exempts nobody: {exemption.problem}.")
+        elif exemption.expires and exemption.expires <= now:
+            ended = units.format_time(exemption.expires)
+            yield Finding(path, f"this exemption ended at {ended} and exempts nobody.")
+        else:
+            yield from _names(path, [exemption.user], known_user)
 
 
 def _profile(config: Config, inventory: Inventory) -> Iterator[Finding]:

@@ -194,7 +194,7 @@ def rules_of(config: Config, container: Watched, time: datetime, *, demand: bool
         idle, shortened_from = idle * reduction, idle
     found = {
         policy: exemption
-        for exemption in reversed(config.exemptions)
+        for exemption in config.exemptions
         for policy in POLICIES
         if exemption.covers(policy, container.user, container.name, time)
     }

@@ -177,13 +177,19 @@ def _remove(ds01: Allocations, actions: Iterable[Action], run: _Run) -> None:
 
 def _enforce(ds01: Allocations, settled: Settled, told: Mapping[str, str], run: _Run) -> dict[str, str]:
     """Warn and stop; the notices that stand in the workspaces then."""
-    review = enforcing.begin(ds01, settled)
-    stand = enforcing.leave_notices(settled, review.notices, told)
-    for action in review.actions:
+    found = enforcing.look(ds01, settled)
+    stand = enforcing.leave_notices(settled, found.notices, told)
+    _carry_out(ds01, found.warnings, run)
+    found.remember()
+    _carry_out(ds01, found.stops, run)
+    return stand
+
+
+def _carry_out(ds01: Allocations, actions: Iterable[Action], run: _Run) -> None:
+    for action in actions:
         with run.stage(action.subject):
             enforcing.carry_out(ds01, action)
             run.actions.append(action)
-    return stand
 
 
 # --- slices
