@@ -205,6 +205,28 @@ def test_a_pending_mode_is_told(server: Server) -> None:
     assert "GPU 0  NVIDIA A100-SXM4-80GB, MIG off (on after the next reset)" in server.ds01("mig", "list").out
 
 
+def test_a_gpu_with_a_pending_mode_is_offered_to_nobody(server: Server) -> None:
+    """The next reset, with the driver's next start or anybody's, takes what was granted."""
+    server.simulate("process=0:4711", "process=1.0:4712")
+    wish = "pynvml.nvmlDeviceSetMigMode(pynvml.nvmlDeviceGetHandleByIndex({}), {})"
+    inside(server, f"{wish.format(0, 1)}; {wish.format(1, 0)}")
+    server.simulate("exit=0:4711", "exit=1.0:4712")
+    gpus = server.ds01("status", "--json").json["gpus"]
+    assert [(gpu["health"], gpu["health_reason"]) for gpu in gpus[:2]] == [
+        ("suspect", "its MIG mode will be on after its next reset, which takes its devices"),
+        ("suspect", "its MIG mode will be off after its next reset, which takes its devices"),
+    ]
+    refused = server.ds01("allocate", "--user", "alice", "--container", "p", "--profile", "2g.20gb")
+    assert refused.code == 1
+    assert "gpu_unhealthy: No healthy 2g.20gb" in refused.err
+    assert "1:1 (suspect)" in refused.err
+    others = [server.allocate(user, "p", "--profile", "full").json["allocation"]["gpu_id"] for user in ("bob", "dan")]
+    assert others == ["2", "3"]
+    inside(server, f"{wish.format(0, 0)}; {wish.format(1, 1)}")
+    assert {gpu["health"] for gpu in server.ds01("status", "--json").json["gpus"]} == {"ok"}
+    assert server.allocate("alice", "p", "--profile", "full").json["allocation"]["gpu_id"] == "0"
+
+
 # --- plan
 
 
