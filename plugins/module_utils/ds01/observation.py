@@ -75,7 +75,7 @@ class Observer:
             return found
         foreign = [c for c in listing.others if c.status in engine.RUNNING and c.name not in harmless]
         loose = [c for c in listing.ours if _is_loose(c, now)]
-        uses = [*map(self._use, (*foreign, *loose)), *(self._leftover(c) for c in loose if c.own)]
+        uses = [*map(self._use_now, (*foreign, *loose)), *(self._leftover(c) for c in loose if c.own)]
         return self._with_devices(driver, found, [use for use in uses if use])
 
     def without_engine(self, driver: nvml.Nvml | None) -> Observation:
@@ -84,7 +84,9 @@ class Observer:
 
     def _with_devices(self, driver: nvml.Nvml, seen: Observation, uses: Sequence[GpuUse]) -> Observation:
         inventory = _marked(driver.inventory(), self._outdated())
-        occupied = occupancy.occupied(inventory, uses, driver.processes(inventory), processes.describe)
+        capabilities = driver.capabilities(inventory) if any(use.capabilities for use in uses) else {}
+        running = driver.processes(inventory)
+        occupied = occupancy.occupied(inventory, uses, running, processes.describe, capabilities)
         return replace(seen, inventory=inventory, occupied=occupied)
 
     def _seen(self, container: engine.Container, now: Ledger, stopping: bool) -> Seen:
@@ -115,6 +117,12 @@ class Observer:
         if container.id not in self._uses:
             self._uses[container.id] = self._engine().gpu_use(container.id)
         return self._uses[container.id]
+
+    def _use_now(self, container: engine.Container) -> GpuUse | None:
+        """What it has: a MIG index that it was promised was resolved when it started."""
+        use = self._use(container)
+        by_index = use is not None and occupancy.by_mig_index(use)
+        return occupancy.as_opened(use, processes.capabilities(use.pid)) if use and by_index else use
 
     def _leftover(self, container: engine.Container) -> GpuUse:
         """One of DS01's that runs without an allocation: it has what it was last given."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .model import Device, Inventory
@@ -24,6 +24,7 @@ _VENDORS = ("nvidia.com", "ds01.io")
 _KINDS = ("nvidia.com/gpu", "runtime.nvidia.com/gpu")
 _NONE = ("", "none", "void")
 _ID = re.compile(r"[0-9]{1,4}([:.][0-9]{1,4})?|(GPU|MIG)-[0-9A-Z-]+", re.IGNORECASE)
+_MIG_INDEX = re.compile(r"\d+:\d+")
 _NODE = re.compile(r"/dev/nvidia([0-9]{1,4})")
 _MOST_SHOWN = 100
 
@@ -34,7 +35,8 @@ class GpuUse:
 
     `names` are ids (`0`, `0:1`) and UUIDs, `minors` those of device nodes. `first` = N stands for the
     GPUs with NVML indices 0 to N-1: that is what Docker's NVIDIA driver makes of a count, whatever is
-    free (moby, daemon/nvidia_linux.go, countToDevices). `how` says it in the words of a command line.
+    free (moby, daemon/nvidia_linux.go, countToDevices). `how` says it in the words of a command line; `pid` is
+    its first process. `capabilities` are numbers of MIG capability nodes that it has (see `as_opened`).
     """
 
     container: str
@@ -43,6 +45,8 @@ class GpuUse:
     minors: tuple[int, ...] = ()
     first: int = 0
     how: str = ""
+    pid: int = 0
+    capabilities: tuple[int, ...] = ()
 
 
 def gpu_use(inspected: Mapping[str, Any]) -> GpuUse | None:
@@ -55,7 +59,26 @@ def gpu_use(inspected: Mapping[str, Any]) -> GpuUse | None:
     # counts. CDI leaves that to the specification, which cannot be seen from here.
     if not any(_is_nvidia(request) and _requested(request) for request in requests):
         parts.append(_environment(host, inspected.get("Config") or {}))
-    return _union(inspected["Name"].lstrip("/"), [part for part in parts if part], bool(host.get("Privileged")))
+    found = _union(inspected["Name"].lstrip("/"), [part for part in parts if part], bool(host.get("Privileged")))
+    return found and replace(found, pid=(inspected.get("State") or {}).get("Pid") or 0)
+
+
+def by_mig_index(use: GpuUse) -> bool:
+    """Whether it was promised a MIG device by its index (`0:1`), which is another device's as soon as the GPU is
+    cut anew; what it has is what it was given at its start."""
+    return any(_MIG_INDEX.fullmatch(name) for name in use.names)
+
+
+def as_opened(use: GpuUse, capabilities: tuple[int, ...] | None) -> GpuUse:
+    """The use with the capability nodes that the container has (None: nobody can tell) in place of MIG indices.
+
+    Where they cannot be told, it counts for the whole GPU.
+    """
+    indices = [name for name in use.names if _MIG_INDEX.fullmatch(name)]
+    others = [name for name in use.names if name not in indices]
+    if capabilities is None:
+        return replace(use, names=(*others, *dict.fromkeys(name.partition(":")[0] for name in indices)))
+    return replace(use, names=tuple(others), capabilities=capabilities)
 
 
 def occupied(
@@ -63,17 +86,20 @@ def occupied(
     uses: Iterable[GpuUse],
     processes: Mapping[str, Sequence[int]],
     describe: Callable[[int], str],
+    capabilities: Mapping[str, int] | None = None,
 ) -> dict[str, str]:
     """Device UUID -> one phrase that says who uses it; devices that nobody uses are absent.
 
-    `processes` are pids by device UUID, `describe` puts one into words. A use of a GPU covers its MIG
+    `processes` are pids by device UUID, `describe` puts one into words, `capabilities` number MIG devices'
+    capability nodes, where a use names those. A use of a GPU covers its MIG
     devices; a name that this host does not have covers nothing.
     """
     uses = tuple(uses)
     minors = {gpu.uuid: gpu.minor for gpu in inventory.gpus}
     found = {}
     for device in inventory.devices:
-        users = [use for use in uses if _covers(use, device, minors.get(device.gpu_uuid))]
+        capability = (capabilities or {}).get(device.uuid)
+        users = [u for u in uses if _covers(u, device, minors.get(device.gpu_uuid)) or capability in u.capabilities]
         pids = processes.get(device.uuid, ())
         if users:  # the processes are most likely theirs
             found[device.uuid] = _and_more(f"container {users[0].container} ({users[0].how})", len(users))

@@ -54,6 +54,21 @@ def holders(nodes: Collection[Path]) -> list[Client]:
     return found
 
 
+def capabilities(pid: int) -> tuple[int, ...] | None:
+    """The numbers of the nodes in /dev/nvidia-caps that a process sees in its own root; None where that cannot
+    be told. Only root can look into a container."""
+    dev = _PROC / str(pid) / "root" / "dev"
+    try:
+        if not pid or not dev.is_dir():
+            return None
+        nodes = [node.lstat() for node in (dev / "nvidia-caps").iterdir()]
+    except FileNotFoundError:
+        return ()
+    except OSError:
+        return None
+    return tuple(sorted(os.minor(node.st_rdev) for node in nodes if stat.S_ISCHR(node.st_mode)))
+
+
 def lives(process: Process) -> bool:
     """Whether just this process is still there; another one may have its number by now."""
     return started(process.pid) == process.started
