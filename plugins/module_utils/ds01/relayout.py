@@ -23,6 +23,7 @@ from .mig import GpuState, Holder
 from .model import Device, Inventory, Ledger
 from .partitions import Cuts, Host, Planned, Wanted
 from .saved_layout import SavedLayout, layout_of
+from .services import Stopping
 from .transitions import resolved
 
 if TYPE_CHECKING:
@@ -78,23 +79,34 @@ def _foresee(ds01: Allocations, driver: nvml.Nvml, ledger: Ledger, wanted: Wante
     host = partitions.host(ds01, driver, ledger, ds01.look(ledger, driver))
     cuts = wanted(host.gpus)
     planned = partitions.planned(host, cuts, force)
-    clients = _clients([gpu for gpu in planned.switched if gpu.resets], ds01.config.policies.mig_services)
-    if clients:
+    resets = [gpu for gpu in planned.switched if gpu.resets]
+    stopping = services.stopping(ds01.config.policies.mig_services) if resets else ()
+    clients = _clients(resets, ds01.config.policies.mig_services, stopping)
+    if any(clients.values()):
         host = replace(host, gpus=tuple(_with_holders(gpu, clients.get(gpu.index, ())) for gpu in host.gpus))
         planned = partitions.planned(host, cuts, force)
-    units = ds01.config.policies.mig_services if any(gpu.resets for gpu in planned.switched) else ()
-    return replace(planned, services=services.active(units), repairs=_repairs(ds01, ledger, planned))
+    return replace(planned, services=tuple(s.unit for s in stopping), repairs=_repairs(ds01, ledger, planned))
 
 
-def _clients(gpus: Iterable[GpuState], may_stop: Collection[str]) -> dict[int, tuple[Holder, ...]]:
-    """By index, the processes that have one of these GPUs open, and belong to no service that may be stopped."""
+def _clients(
+    gpus: Iterable[GpuState], listed: Collection[str], stopping: Sequence[Stopping]
+) -> dict[int, tuple[Holder, ...]]:
+    """By index, who keeps one of these GPUs from its reset: the processes that have it open and belong to no
+    service that may be stopped, and the services that would have to stop, too, and may not."""
+    may_stop = {*listed, *(s.unit for s in stopping if not s.along_with)}
     found = {}
     for gpu in gpus:
-        nodes = [Path(f"/dev/nvidia{gpu.minor}")]
-        others = [client for client in processes.holders(nodes) if client.unit not in may_stop]
-        if others:
-            found[gpu.index] = tuple(Holder("", what=str(c), pid=c.pid, unit=c.unit, user=c.user) for c in others)
+        others = [c for c in processes.holders([Path(f"/dev/nvidia{gpu.minor}")]) if c.unit not in may_stop]
+        have_it_open = [Holder("", what=str(c), pid=c.pid, unit=c.unit, user=c.user) for c in others]
+        named = {client.unit for client in others}
+        along = [_taken_along(s) for s in stopping if s.along_with and s.unit not in named]
+        found[gpu.index] = (*have_it_open, *along)
     return found
+
+
+def _taken_along(service: Stopping) -> Holder:
+    what = f"{service.along_with} (its stop would stop {service.unit}, which policies.mig_services does not list)"
+    return Holder("", what=what, unit=service.unit)
 
 
 def _with_holders(gpu: GpuState, clients: Iterable[Holder]) -> GpuState:
