@@ -274,10 +274,10 @@ def test_who_is_in_the_way_is_named_and_may_be_forced(server: Server) -> None:
 
 def test_a_whole_gpu_that_somebody_has_is_not_cut(server: Server) -> None:
     assert server.allocate("alice", "p", "--profile", "full").json["allocation"]["gpu_id"] == "0"
-    assert "  used as a whole by p._.alice of alice\n" in server.ds01("mig", "list").out
+    assert "  used as a whole by p._.alice of alice until " in server.ds01("mig", "list").out
     refused = server.ds01("mig", "plan", "--gpu", "0=2g.20gb")
     assert refused.code == 1
-    assert "GPU 0 cannot become 2g.20gb: the GPU itself is in use by p._.alice of alice." in refused.err
+    assert "GPU 0 cannot become 2g.20gb: the GPU itself is in use by p._.alice of alice until " in refused.err
 
 
 USAGE: dict[str, tuple[list[str], int, str]] = {

@@ -10,6 +10,7 @@ what the next one sees and completes.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from .model import Device, Inventory, Ledger
 from .partitions import Cuts, Host, Planned, Wanted
 from .saved_layout import SavedLayout, layout_of
 from .services import Stopping
-from .transitions import resolved
+from .transitions import after, resolved
 
 if TYPE_CHECKING:
     from .allocations import Allocations
@@ -71,12 +72,16 @@ def apply(ds01: Allocations, wanted: Wanted, force: Collection[str] = (), say: S
             planned = replace(again, services=planned.services)
             if not planned.changed:
                 return planned
+            if planned.over:
+                ds01.give_back(transaction, planned.over, planned.host.running)
             inventory = cut(ds01, driver, transaction, planned, say)
     return replace(planned, host=replace(planned.host, inventory=inventory))
 
 
 def _foresee(ds01: Allocations, driver: nvml.Nvml, ledger: Ledger, wanted: Wanted, force: Collection[str]) -> Planned:
-    host = partitions.host(ds01, driver, ledger, ds01.look(ledger, driver))
+    seen = ds01.look(ledger, driver)
+    due = ds01.overdue(ledger, seen)  # what any request would give back is in nobody's way
+    host = partitions.host(ds01, driver, functools.reduce(after, due, ledger), seen)
     cuts = wanted(host.gpus)
     planned = partitions.planned(host, cuts, force)
     resets = [gpu for gpu in planned.switched if gpu.resets]
@@ -85,7 +90,9 @@ def _foresee(ds01: Allocations, driver: nvml.Nvml, ledger: Ledger, wanted: Wante
     if any(clients.values()):
         host = replace(host, gpus=tuple(_with_holders(gpu, clients.get(gpu.index, ())) for gpu in host.gpus))
         planned = partitions.planned(host, cuts, force)
-    return replace(planned, services=tuple(s.unit for s in stopping), repairs=_repairs(ds01, ledger, planned))
+    over = tuple(outcome for outcome in due if outcome.allocation is None)
+    units = tuple(service.unit for service in stopping)
+    return replace(planned, services=units, repairs=_repairs(ds01, ledger, planned), over=over)
 
 
 def _clients(
