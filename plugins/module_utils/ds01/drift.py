@@ -99,10 +99,3 @@ def _over(box: Box, config: Config, now: datetime) -> str:
 
 def _is_younger(since: datetime | None, than: timedelta, now: datetime) -> bool:
     return since is not None and now - since < than
-
-
-def unmanaged(occupied: Mapping[str, str], ids: Mapping[str, str]) -> Iterator[Action]:
-    """Who uses devices without DS01: `occupied` by device UUID, `ids` names the devices (`0:1`)."""
-    for uuid, who in sorted(occupied.items(), key=lambda item: ids.get(item[0], item[0])):
-        device = ids.get(uuid, uuid)
-        yield Action("unmanaged.seen", device, f"Device {device} is used without DS01 by {who}.", details={"by": who})

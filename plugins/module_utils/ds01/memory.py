@@ -26,13 +26,15 @@ DISTRUST = 3600.0
 @dataclass(frozen=True)
 class Memory:
     """`offset` is the clock less the time since boot, `distrust_until` a time since boot (seconds, both);
-    `unmanaged` says who used which device without DS01, `notices` what stands in the containers' workspaces."""
+    `unmanaged` says who used which device without DS01, `asked` which processes were asked to end for it (when each
+    began, by its number), `notices` what stands in the containers' workspaces."""
 
     boot_id: str = ""
     offset: float | None = None
     distrust_until: float = 0.0
     unmanaged: Mapping[str, str] = field(default_factory=dict)
     notices: Mapping[str, str] = field(default_factory=dict)
+    asked: Mapping[str, int] = field(default_factory=dict)
 
     def at(self, boot_id: str, now: datetime, since_boot: float) -> Memory:
         """The memory once the clock was read: whether it was set since the run before."""

@@ -7,19 +7,38 @@ cannot do its work says why, and the others go on.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from . import claims, drift, enforcing, engine, exclusion, memory, metrics, processes, publishing, slices, watchdog
+from . import (
+    accounts,
+    claims,
+    drift,
+    enforcing,
+    engine,
+    exclusion,
+    memory,
+    metrics,
+    processes,
+    publishing,
+    slices,
+    strangers,
+    telling,
+    watchdog,
+)
 from .allocations import Allocations, Settled
 from .containers import Containers
 from .drift import Action, Box
 from .errors import Ds01Error
 from .memory import Memory
+from .strangers import Stranger
 
 DEADLINE = 300.0
 """Seconds. A driver that hangs answers no call, and lets none be given up: then the process ends."""
+
+_UNMANAGED_GRACE = 30
+"""Seconds that a container outside DS01 has to end by itself."""
 
 _LOCK_WAIT = 0.0
 """Seconds: a second run does not wait for the first, which does its work."""
@@ -88,7 +107,9 @@ def reconcile(ds01: Allocations) -> Reconciled:
         with run.stage("allocations"):
             settled = ds01.settle()
             run.actions += _of_settled(settled)
-            now = replace(now, unmanaged=_report_unmanaged(ds01, run.actions, known.unmanaged))
+            found = _strangers(ds01, settled)
+            now = replace(now, unmanaged=_report_unmanaged(ds01, settled, found, known.unmanaged, run))
+            now = replace(now, asked=_stop_unmanaged(ds01, settled, found, known.asked, run))
         with run.stage("containers"):
             _remove(ds01, _overdue(ds01, now), run)
         with run.stage("policies"):
@@ -111,7 +132,9 @@ def foresee(ds01: Allocations) -> Reconciled:
     now = memory.read(ds01.paths.memory).at(processes.boot_id(), ds01.clock(), memory.since_boot())
     with run.stage("allocations"):
         settled = ds01.foresee_settle()
-        run.actions += _of_settled(settled)
+        found = _strangers(ds01, settled)
+        run.actions += [*_of_settled(settled), *strangers.seen(found, settled.seen.inventory, settled.ledger)]
+        run.actions += _unmanaged_to_stop(ds01, settled, found, now.asked)
         run.actions += enforcing.foresee(ds01, settled)
     with run.stage("containers"):
         run.actions += _overdue(ds01, now)
@@ -129,17 +152,75 @@ def _of_settled(settled: Settled) -> Iterator[Action]:
     for container in settled.mended:
         allocation = settled.ledger.allocations.get(container)
         yield drift.of_projection(container, allocation.user if allocation else "")
-    ids = {device.uuid: device.id for device in settled.seen.inventory.devices}
-    yield from drift.unmanaged(settled.seen.occupied, ids)
 
 
-def _report_unmanaged(ds01: Allocations, actions: Iterable[Action], known: Mapping[str, str]) -> dict[str, str]:
+# --- use without DS01
+
+
+def _strangers(ds01: Allocations, settled: Settled) -> Sequence[Stranger]:
+    seen, policies = settled.seen, ds01.config.policies
+    pids = {pid for pids in seen.processes.values() for pid in pids}
+    around = strangers.Surroundings(
+        own={container.id for container in seen.containers if container.own},
+        outside={c.id: c.name for c in (*seen.containers, *seen.others) if not c.own},
+        harmless=policies.monitoring_containers,
+        services=policies.mig_services,
+    )
+    programs = {pid: processes.program(pid) for pid in pids}
+    return strangers.find(seen.inventory, settled.ledger, seen.uses, seen.processes, programs, around)
+
+
+def _report_unmanaged(
+    ds01: Allocations, settled: Settled, found: Sequence[Stranger], known: Mapping[str, str], run: _Run
+) -> dict[str, str]:
     """An event for everybody who uses a device without DS01 and did not at the last run; who does now."""
-    found = {a.subject: a for a in actions if a.kind == "unmanaged.seen"}
-    for device, action in found.items():
-        if known.get(device) != action.details["by"]:
-            ds01.events.write(action.kind, ds01.clock(), device=device, message=action.message)
-    return {device: action.details["by"] for device, action in found.items()}
+    actions = list(strangers.seen(found, settled.seen.inventory, settled.ledger))
+    run.actions += actions
+    for action in actions:
+        if known.get(action.subject) != action.details["by"]:
+            ds01.events.write(action.kind, ds01.clock(), device=action.subject, message=action.message)
+    return {action.subject: action.details["by"] for action in actions}
+
+
+def _unmanaged_to_stop(
+    ds01: Allocations, settled: Settled, found: Sequence[Stranger], asked: Mapping[str, int]
+) -> list[Action]:
+    """Nobody without the engine: then no process can be told from a container's."""
+    if ds01.config.policies.unmanaged != "stop" or engine.disabled():
+        return []
+    return list(strangers.stops(found, settled.seen.inventory, asked))
+
+
+def _stop_unmanaged(
+    ds01: Allocations, settled: Settled, found: Sequence[Stranger], asked: Mapping[str, int], run: _Run
+) -> dict[str, int]:
+    """Stop whom the limits file wants stopped; who was asked to end, and is still there."""
+    programs = {str(stranger.program.pid): stranger.program.started for stranger in found if stranger.program}
+    stand = {pid: began for pid, began in asked.items() if programs.get(pid) == began}
+    for action in _unmanaged_to_stop(ds01, settled, found, asked):
+        with run.stage(action.subject):
+            if "pid" in action.details:
+                if not processes.ask_to_end(action.details["pid"], action.details["started"]):
+                    continue
+                stand[str(action.details["pid"])] = action.details["started"]
+            else:
+                ds01.engine.end(action.details["container_id"], _UNMANAGED_GRACE)
+            _tell_of(ds01, action)
+            run.actions.append(action)
+    return stand
+
+
+def _tell_of(ds01: Allocations, action: Action) -> None:
+    account = accounts.lookup(action.user)
+    if account:
+        telling.say(account, action.message)
+    ds01.events.write(
+        action.kind, ds01.clock(), user=action.user, container=_container_of(action), message=action.message
+    )
+
+
+def _container_of(action: Action) -> str:
+    return action.subject if "container_id" in action.details else ""
 
 
 # --- containers
