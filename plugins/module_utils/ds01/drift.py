@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from . import units
+from . import names, units
 from .limits import Config, resolve
+from .names import ContainerName
 from .transitions import Outcome
 
 REPORTS = ("unmanaged.seen", "slice.deferred", "slice.moved")
@@ -30,6 +31,11 @@ class Action:
     message: str
     user: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def container(self) -> ContainerName:
+        """The container that this is about, as it is called: whose account is gone is not looked up anew."""
+        return ContainerName(names.split(self.subject)[0], self.user, self.subject)
 
     def record(self) -> dict[str, Any]:
         """The action as JSON (`ds01 reconcile --json`, module results)."""

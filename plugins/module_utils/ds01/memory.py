@@ -55,10 +55,18 @@ def since_boot() -> float:
 
 
 def read(path: Path) -> Memory:
-    """What the last run left; nothing where that cannot be read."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return Memory(**json.loads(path.read_bytes()))
+    """What the last run left; nothing where that cannot be read, or is not what one writes."""
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+        found = Memory(**json.loads(path.read_bytes()))
+        if _is_whole(found):
+            return found
     return Memory()
+
+
+def _is_whole(found: Memory) -> bool:
+    numbers = all(isinstance(value, (int, float)) for value in (found.offset or 0, found.distrust_until))
+    texts = (found.unmanaged, found.notices, found.asked)
+    return numbers and isinstance(found.boot_id, str) and all(isinstance(value, dict) for value in texts)
 
 
 def write(path: Path, memory: Memory) -> None:

@@ -107,9 +107,7 @@ def reconcile(ds01: Allocations) -> Reconciled:
         with run.stage("allocations"):
             settled = ds01.settle()
             run.actions += _of_settled(settled)
-            found = _strangers(ds01, settled)
-            now = replace(now, unmanaged=_report_unmanaged(ds01, settled, found, known.unmanaged, run))
-            now = replace(now, asked=_stop_unmanaged(ds01, settled, found, known.asked, run))
+            now = _meet_strangers(ds01, settled, now, run)
         with run.stage("containers"):
             _remove(ds01, _overdue(ds01, now), run)
         with run.stage("policies"):
@@ -118,7 +116,8 @@ def reconcile(ds01: Allocations) -> Reconciled:
         with run.stage("slices"):
             _set_slices(ds01, run)
         if now != known:
-            memory.write(ds01.paths.memory, now)
+            with run.stage("memory"):
+                memory.write(ds01.paths.memory, now)
         ds01.events.rotate(ds01.config.events.rotate_at, ds01.config.events.keep)
         with run.stage("metrics"):
             _publish(ds01, run, memory.since_boot() - began)
@@ -170,16 +169,30 @@ def _strangers(ds01: Allocations, settled: Settled) -> Sequence[Stranger]:
     return strangers.find(seen.inventory, settled.ledger, seen.uses, seen.processes, programs, around)
 
 
-def _report_unmanaged(
-    ds01: Allocations, settled: Settled, found: Sequence[Stranger], known: Mapping[str, str], run: _Run
-) -> dict[str, str]:
-    """An event for everybody who uses a device without DS01 and did not at the last run; who does now."""
-    actions = list(strangers.seen(found, settled.seen.inventory, settled.ledger))
-    run.actions += actions
-    for action in actions:
-        if known.get(action.subject) != action.details["by"]:
+def _meet_strangers(ds01: Allocations, settled: Settled, now: Memory, run: _Run) -> Memory:
+    """Report everybody who uses a device without DS01, and stop whom the limits file wants stopped; what to remember.
+
+    There is an event for whoever does and did not at the last run."""
+    found, seen = _strangers(ds01, settled), settled.seen.inventory
+    for action in strangers.seen(found, seen, settled.ledger):
+        run.actions.append(action)
+        if now.unmanaged.get(action.subject) != action.details["by"]:
             ds01.events.write(action.kind, ds01.clock(), device=action.subject, message=action.message)
-    return {action.subject: action.details["by"] for action in actions}
+    ended = []
+    programs = {str(stranger.program.pid): stranger.program.started for stranger in found if stranger.program}
+    asked = {pid: began for pid, began in now.asked.items() if programs.get(pid) == began}
+    for action in _unmanaged_to_stop(ds01, settled, found, now.asked):
+        with run.stage(action.subject):
+            if not _stop_stranger(ds01, action):
+                continue
+            run.actions.append(action)
+            if "pid" in action.details:
+                asked[str(action.details["pid"])] = action.details["started"]
+            else:
+                ended.append(action.details["container_id"])
+    left = [stranger for stranger in found if stranger.program or stranger.container_id not in ended]
+    by_device = {action.subject: action.details["by"] for action in strangers.seen(left, seen, settled.ledger)}
+    return replace(now, unmanaged=by_device, asked=asked)
 
 
 def _unmanaged_to_stop(
@@ -191,36 +204,20 @@ def _unmanaged_to_stop(
     return list(strangers.stops(found, settled.seen.inventory, asked))
 
 
-def _stop_unmanaged(
-    ds01: Allocations, settled: Settled, found: Sequence[Stranger], asked: Mapping[str, int], run: _Run
-) -> dict[str, int]:
-    """Stop whom the limits file wants stopped; who was asked to end, and is still there."""
-    programs = {str(stranger.program.pid): stranger.program.started for stranger in found if stranger.program}
-    stand = {pid: began for pid, began in asked.items() if programs.get(pid) == began}
-    for action in _unmanaged_to_stop(ds01, settled, found, asked):
-        with run.stage(action.subject):
-            if "pid" in action.details:
-                if not processes.ask_to_end(action.details["pid"], action.details["started"]):
-                    continue
-                stand[str(action.details["pid"])] = action.details["started"]
-            else:
-                ds01.engine.end(action.details["container_id"], _UNMANAGED_GRACE)
-            _tell_of(ds01, action)
-            run.actions.append(action)
-    return stand
-
-
-def _tell_of(ds01: Allocations, action: Action) -> None:
+def _stop_stranger(ds01: Allocations, action: Action) -> bool:
+    """Stop a container, or ask a process to end, with an event; False for a process that is gone. Raises Ds01Error."""
+    if "pid" in action.details:
+        container = ""
+        if not processes.ask_to_end(action.details["pid"], action.details["started"]):
+            return False
+    else:
+        container = action.subject
+        ds01.engine.end(action.details["container_id"], _UNMANAGED_GRACE)
     account = accounts.lookup(action.user)
     if account:
         telling.say(account, action.message)
-    ds01.events.write(
-        action.kind, ds01.clock(), user=action.user, container=_container_of(action), message=action.message
-    )
-
-
-def _container_of(action: Action) -> str:
-    return action.subject if "container_id" in action.details else ""
+    ds01.events.write(action.kind, ds01.clock(), user=action.user, container=container, message=action.message)
+    return True
 
 
 # --- containers
@@ -247,8 +244,7 @@ def _remove(ds01: Allocations, actions: Iterable[Action], run: _Run) -> None:
     containers = Containers(ds01)
     for action in actions:
         with run.stage(action.subject):
-            name = ds01.name(action.subject, action.user)
-            containers.discard(name, action.details["container_id"], action.message)
+            containers.discard(action.container, action.details["container_id"], action.message)
             run.actions.append(action)
 
 
