@@ -54,6 +54,9 @@ class Driver:
     def inventory(self) -> Any:
         return TWO
 
+    def capabilities(self, _inventory: Any) -> dict[str, int]:
+        return {}
+
     def processes(self, _inventory: Any) -> dict[str, tuple[int, ...]]:
         return {}
 

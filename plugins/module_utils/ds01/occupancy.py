@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,10 +33,10 @@ _MOST_SHOWN = 100
 class GpuUse:
     """The GPUs that one container was promised: the union of all that follows.
 
-    `names` are ids (`0`, `0:1`) and UUIDs, `minors` those of device nodes. `first` = N stands for the
-    GPUs with NVML indices 0 to N-1: that is what Docker's NVIDIA driver makes of a count, whatever is
-    free (moby, daemon/nvidia_linux.go, countToDevices). `how` says it in the words of a command line; `pid` is
-    its first process. `capabilities` are numbers of MIG capability nodes that it has (see `as_opened`).
+    `container` is its name, `id` the engine's, `pid` its first process. `names` are ids (`0`, `0:1`) and UUIDs,
+    `minors` those of device nodes. `first` = N stands for the GPUs with NVML indices 0 to N-1: that is what
+    Docker's NVIDIA driver makes of a count, whatever is free (moby, daemon/nvidia_linux.go, countToDevices).
+    `how` says it in the words of a command line.
     """
 
     container: str
@@ -46,7 +46,21 @@ class GpuUse:
     first: int = 0
     how: str = ""
     pid: int = 0
-    capabilities: tuple[int, ...] = ()
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A process that computes on a device. `who` says it in a phrase, `user` is its owner's login, `unit` what systemd
+    runs it in, `container_id` the container that its cgroup belongs to (empty: none). `started` tells it from a
+    later one of its number; None: it is gone, or not to be seen from here."""
+
+    pid: int
+    who: str
+    user: str = ""
+    unit: str = ""
+    container_id: str = ""
+    started: int | None = None
 
 
 def gpu_use(inspected: Mapping[str, Any]) -> GpuUse | None:
@@ -59,8 +73,9 @@ def gpu_use(inspected: Mapping[str, Any]) -> GpuUse | None:
     # counts. CDI leaves that to the specification, which cannot be seen from here.
     if not any(_is_nvidia(request) and _requested(request) for request in requests):
         parts.append(_environment(host, inspected.get("Config") or {}))
-    found = _union(inspected["Name"].lstrip("/"), [part for part in parts if part], bool(host.get("Privileged")))
-    return found and replace(found, pid=(inspected.get("State") or {}).get("Pid") or 0)
+    use = _union(inspected["Name"].lstrip("/"), [part for part in parts if part], bool(host.get("Privileged")))
+    pid = (inspected.get("State") or {}).get("Pid") or 0
+    return replace(use, id=inspected.get("Id") or "", pid=pid) if use else None
 
 
 def by_mig_index(use: GpuUse) -> bool:
@@ -69,16 +84,17 @@ def by_mig_index(use: GpuUse) -> bool:
     return any(_MIG_INDEX.fullmatch(name) for name in use.names)
 
 
-def as_opened(use: GpuUse, capabilities: tuple[int, ...] | None) -> GpuUse:
-    """The use with the capability nodes that the container has (None: nobody can tell) in place of MIG indices.
+def as_opened(use: GpuUse, opened: Collection[int] | None, numbers: Mapping[str, int]) -> GpuUse:
+    """The use with the MIG devices that the container has in place of indices.
 
-    Where they cannot be told, it counts for the whole GPU.
+    `opened` are the capability nodes in it (None: nobody can tell; then it counts for the whole GPU), `numbers`
+    those of the MIG devices' GPU instances, by UUID.
     """
-    indices = [name for name in use.names if _MIG_INDEX.fullmatch(name)]
-    others = [name for name in use.names if name not in indices]
-    if capabilities is None:
-        return replace(use, names=(*others, *dict.fromkeys(name.partition(":")[0] for name in indices)))
-    return replace(use, names=tuple(others), capabilities=capabilities)
+    lasting = [name for name in use.names if not _MIG_INDEX.fullmatch(name)]
+    if opened is None:
+        gpus = dict.fromkeys(name.partition(":")[0] for name in use.names if _MIG_INDEX.fullmatch(name))
+        return replace(use, names=(*lasting, *gpus))
+    return replace(use, names=(*lasting, *(uuid for uuid, number in numbers.items() if number in opened)))
 
 
 def occupied(
@@ -86,25 +102,22 @@ def occupied(
     uses: Iterable[GpuUse],
     processes: Mapping[str, Sequence[int]],
     describe: Callable[[int], str],
-    capabilities: Mapping[str, int] | None = None,
 ) -> dict[str, str]:
     """Device UUID -> one phrase that says who uses it; devices that nobody uses are absent.
 
-    `processes` are pids by device UUID, `describe` puts one into words, `capabilities` number MIG devices'
-    capability nodes, where a use names those. A use of a GPU covers its MIG
+    `processes` are pids by device UUID, `describe` puts one into words. A use of a GPU covers its MIG
     devices; a name that this host does not have covers nothing.
     """
     uses = tuple(uses)
     minors = {gpu.uuid: gpu.minor for gpu in inventory.gpus}
     found = {}
     for device in inventory.devices:
-        capability = (capabilities or {}).get(device.uuid)
-        users = [u for u in uses if _covers(u, device, minors.get(device.gpu_uuid)) or capability in u.capabilities]
+        users = [use for use in uses if covers(use, device, minors.get(device.gpu_uuid))]
         pids = processes.get(device.uuid, ())
         if users:  # the processes are most likely theirs
-            found[device.uuid] = _and_more(f"container {users[0].container} ({users[0].how})", len(users))
+            found[device.uuid] = and_more(in_words(users[0]), len(users))
         elif pids:
-            found[device.uuid] = _and_more(describe(pids[0]), len(pids))
+            found[device.uuid] = and_more(describe(pids[0]), len(pids))
     return found
 
 
@@ -210,11 +223,18 @@ def _shown(text: str) -> str:
     return printable if len(printable) <= _MOST_SHOWN else f"{printable[:_MOST_SHOWN]}..."
 
 
-def _covers(use: GpuUse, device: Device, minor: int | None) -> bool:
+def covers(use: GpuUse, device: Device, minor: int | None) -> bool:
+    """Whether the container may use this device, whose GPU's node has that minor number."""
     gpu = device.index[0]
     names = {str(gpu), device.id, device.gpu_uuid.lower(), device.uuid.lower()}
     return use.everything or gpu < use.first or minor in use.minors or any(name.lower() in names for name in use.names)
 
 
-def _and_more(phrase: str, count: int) -> str:
+def in_words(use: GpuUse) -> str:
+    """`container trainer (--gpus all)`."""
+    return f"container {use.container} ({use.how})"
+
+
+def and_more(phrase: str, count: int) -> str:
+    """The first of so many, and how many more there are."""
     return f"{phrase} and {count - 1} more" if count > 1 else phrase
