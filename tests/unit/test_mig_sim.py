@@ -324,3 +324,12 @@ def test_what_cannot_be_planned_is_told_in_one_sentence(
     result: Result = server.ds01("mig", "plan", *argv)
     assert (result.code, result.out) == (code, "")
     assert sentence in result.err
+
+
+def test_capability_nodes_are_numbered_as_the_driver_does(server: Server) -> None:
+    told = json.loads(inside(server, "i = d.inventory(); print(json.dumps(d.capabilities(i)))"))
+    devices = server.ds01("status", "--json").json["devices"]
+    state = server.sim_state.read_text(encoding="utf-8")
+    cut = [dict(f.split("=") for f in line.split()[1:]) for line in state.splitlines() if line.startswith("ci ")]
+    assert told == {ci["uuid"]: 3 + 135 * int(ci["gpu"]) + 9 * int(ci["gi"]) for ci in cut}
+    assert set(told) == {d["uuid"] for d in devices if ":" in d["id"]}

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import sim_systemd
 from ds01 import services
 from ds01.errors import Ds01Error
+from ds01.services import Stopping
 
 UNIT = "nvidia-dcgm.service"
 CALLS: dict[str, Callable[[], object]] = {
-    "active": lambda: services.active([UNIT]),
+    "stopping": lambda: services.stopping([UNIT]),
     "stop": lambda: services.stop(UNIT),
     "start": lambda: services.start(UNIT),
 }
@@ -38,7 +40,7 @@ def test_without_systemd(call: Callable[[], object]) -> None:
 
 def test_nothing_is_asked_for_no_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert services.active([]) == ()
+    assert services.stopping([]) == ()
 
 
 def program(directory: Path, text: str) -> None:
@@ -53,11 +55,79 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_states_that_systemctl_prints(path: Path) -> None:
-    """A line for each unit, in order; exit 3 as soon as one does not run (systemctl(1))."""
-    program(path, "printf 'active\\ninactive\\nfailed\\nactivating\\nreloading\\ndeactivating\\n'; exit 3")
-    units = [f"{name}.service" for name in "abcdef"]
-    assert services.active(units) == ("a.service", "d.service", "e.service")
+STATES = {
+    "active": True,
+    "inactive": False,
+    "failed": False,
+    "activating": True,
+    "reloading": True,
+    "deactivating": False,
+}
+
+
+@pytest.mark.parametrize(("state", "runs"), STATES.items(), ids=STATES)
+def test_the_states_that_systemctl_prints(state: str, runs: bool, path: Path) -> None:
+    program(path, f"echo Id={UNIT}; echo ActiveState={state}; echo RequiredBy=; echo PropagatesStopTo=")
+    assert services.stopping([UNIT]) == ((Stopping(UNIT),) if runs else ())
+
+
+Units = Mapping[str, Mapping[str, str]]
+DCGM: Units = {"dcgm.service": {"RequiredBy": "exporter.service"}, "exporter.service": {}}
+STOPS: dict[str, tuple[Units, Sequence[str], Sequence[Stopping]]] = {
+    "in the order given": (
+        {"b.service": {}, "a.service": {}},
+        ["b.service", "a.service"],
+        [*map(Stopping, ["b.service", "a.service"])],
+    ),
+    "one that is not there": ({}, ["a.service"], []),
+    "what needs it goes first": (
+        DCGM,
+        ["dcgm.service", "exporter.service"],
+        [Stopping("exporter.service"), Stopping("dcgm.service")],
+    ),
+    "in whatever order they are listed": (
+        DCGM,
+        ["exporter.service", "dcgm.service"],
+        [Stopping("exporter.service"), Stopping("dcgm.service")],
+    ),
+    "one that is not listed": (
+        DCGM,
+        ["dcgm.service"],
+        [Stopping("exporter.service", "dcgm.service"), Stopping("dcgm.service")],
+    ),
+    "one that does not run": (
+        {**DCGM, "exporter.service": {"state": "inactive"}},
+        ["dcgm.service"],
+        [Stopping("dcgm.service")],
+    ),
+    "through one that does not run": (
+        {
+            "a.service": {"BoundBy": "b.service"},
+            "b.service": {"state": "failed", "ConsistsOf": "c.target"},
+            "c.target": {},
+        },
+        ["a.service"],
+        [Stopping("c.target", "a.service"), Stopping("a.service")],
+    ),
+    "in a circle": (
+        {"a.service": {"PropagatesStopTo": "b.service"}, "b.service": {"RequisiteOf": "a.service"}},
+        ["a.service", "b.service"],
+        [Stopping("b.service"), Stopping("a.service")],
+    ),
+}
+
+
+@pytest.mark.parametrize(("units", "listed", "expected"), STOPS.values(), ids=STOPS)
+def test_what_a_stop_takes_along(units: Units, listed: Sequence[str], expected: Sequence[Stopping], path: Path) -> None:
+    systemd = sim_systemd.install(path, path / "units")
+    for name, about in units.items():
+        systemd.unit(name, **about)
+    assert services.stopping(listed) == tuple(expected)
+
+
+def test_another_name_of_a_unit_is_the_unit(path: Path) -> None:
+    program(path, f"echo Id={UNIT}; echo ActiveState=active")
+    assert services.stopping(["dcgm.service"]) == (Stopping(UNIT),)
 
 
 def test_what_systemctl_says_reaches_people(path: Path) -> None:

@@ -24,6 +24,7 @@ from .mig import GpuState, Holder
 from .model import Device, Inventory, Ledger
 from .partitions import Cuts, Host, Planned, Wanted
 from .saved_layout import SavedLayout, layout_of
+from .services import Stopping
 from .transitions import after, resolved
 
 if TYPE_CHECKING:
@@ -83,24 +84,36 @@ def _foresee(ds01: Allocations, driver: nvml.Nvml, ledger: Ledger, wanted: Wante
     host = partitions.host(ds01, driver, functools.reduce(after, due, ledger), seen)
     cuts = wanted(host.gpus)
     planned = partitions.planned(host, cuts, force)
-    clients = _clients([gpu for gpu in planned.switched if gpu.resets], ds01.config.policies.mig_services)
-    if clients:
+    resets = [gpu for gpu in planned.switched if gpu.resets]
+    stopping = services.stopping(ds01.config.policies.mig_services) if resets else ()
+    clients = _clients(resets, ds01.config.policies.mig_services, stopping)
+    if any(clients.values()):
         host = replace(host, gpus=tuple(_with_holders(gpu, clients.get(gpu.index, ())) for gpu in host.gpus))
         planned = partitions.planned(host, cuts, force)
-    units = ds01.config.policies.mig_services if any(gpu.resets for gpu in planned.switched) else ()
     over = tuple(outcome for outcome in due if outcome.allocation is None)
-    return replace(planned, services=services.active(units), repairs=_repairs(ds01, ledger, planned), over=over)
+    units = tuple(service.unit for service in stopping)
+    return replace(planned, services=units, repairs=_repairs(ds01, ledger, planned), over=over)
 
 
-def _clients(gpus: Iterable[GpuState], may_stop: Collection[str]) -> dict[int, tuple[Holder, ...]]:
-    """By index, the processes that have one of these GPUs open, and belong to no service that may be stopped."""
+def _clients(
+    gpus: Iterable[GpuState], listed: Collection[str], stopping: Sequence[Stopping]
+) -> dict[int, tuple[Holder, ...]]:
+    """By index, who keeps one of these GPUs from its reset: the processes that have it open and belong to no
+    service that may be stopped, and the services that would have to stop, too, and may not."""
+    may_stop = {*listed, *(s.unit for s in stopping if not s.along_with)}
     found = {}
     for gpu in gpus:
-        nodes = [Path(f"/dev/nvidia{gpu.minor}")]
-        others = [client for client in processes.holders(nodes) if client.unit not in may_stop]
-        if others:
-            found[gpu.index] = tuple(Holder("", what=str(c), pid=c.pid, unit=c.unit, user=c.user) for c in others)
+        others = [c for c in processes.holders([Path(f"/dev/nvidia{gpu.minor}")]) if c.unit not in may_stop]
+        have_it_open = [Holder("", what=str(c), pid=c.pid, unit=c.unit, user=c.user) for c in others]
+        named = {client.unit for client in others}
+        along = [_taken_along(s) for s in stopping if s.along_with and s.unit not in named]
+        found[gpu.index] = (*have_it_open, *along)
     return found
+
+
+def _taken_along(service: Stopping) -> Holder:
+    what = f"{service.along_with} (its stop would stop {service.unit}, which policies.mig_services does not list)"
+    return Holder("", what=what, unit=service.unit)
 
 
 def _with_holders(gpu: GpuState, clients: Iterable[Holder]) -> GpuState:
@@ -364,9 +377,9 @@ def foresee_restore(ds01: Allocations) -> Restored:
 def restore(ds01: Allocations, say: Say = _silent) -> Restored:
     """Cut every GPU again as it was saved, in the same places, and project the ledger on what is there then.
 
-    For a boot, before any container runs: it never asks the engine, whose start may wait for it. GPU by
-    GPU: one that cannot be cut again keeps no other from it, and is offered to nobody. Raises Ds01Error
-    where there is no driver, or no lock.
+    For a boot, before any container runs: it asks no engine that does not run yet, since its start may wait for
+    this. GPU by GPU: one that cannot be cut again keeps no other from it, and is offered to nobody. One that was
+    cut again in this boot already loses nothing by it. Raises Ds01Error where there is no driver, or no lock.
     """
     with nvml.session() as driver, ds01.store.locked():
         ledger, unreadable = _readable(ds01)
@@ -405,7 +418,7 @@ def _foresee_restore(
     ds01: Allocations, driver: nvml.Nvml, ledger: Ledger, unreadable: Sequence[str]
 ) -> tuple[Host, dict[str, mig.Plan], list[str]]:
     """The host, the plan of each saved GPU by its UUID, and what cannot be restored."""
-    host = partitions.host(ds01, driver, ledger, ds01.look_at_driver(driver))
+    host = partitions.host(ds01, driver, ledger, _look(ds01, driver, ledger))
     host = replace(host, gpus=geometry.completed(host.gpus))
     there = {gpu.uuid: gpu for gpu in host.gpus}
     plans: dict[str, mig.Plan] = {}
@@ -417,11 +430,26 @@ def _foresee_restore(
         answer = mig.plan_placed(there[uuid], saved.layout)
         if isinstance(answer, mig.LayoutRefusal):
             problems.append(answer.message)
-        elif unreadable and any(step.uuid for step in answer.changes):
+        elif saved.boot_id == processes.boot_id() and _takes_away(answer):
+            problems.append(f"GPU {answer.gpu} was cut otherwise since it was restored: it is left as it is.")
+        elif unreadable and _takes_away(answer):
             problems.append(f"GPU {answer.gpu} is cut otherwise, and without a ledger nobody knows who uses it.")
         else:
             plans[uuid] = answer
     return host, plans, problems
+
+
+def _look(ds01: Allocations, driver: nvml.Nvml, ledger: Ledger) -> Observation:
+    """The host, with the engine where it runs already: asking one that does not would start it, and wait."""
+    with contextlib.suppress(Ds01Error):
+        if not engine.disabled() and services.active(["docker.service"]):
+            return ds01.look(ledger, driver)
+    return ds01.look_at_driver(driver)
+
+
+def _takes_away(plan: mig.Plan) -> bool:
+    """Whether a device, or a whole GPU, would be gone."""
+    return plan.switches or any(step.uuid for step in plan.changes)
 
 
 def _record_restore(ds01: Allocations, restored: Restored) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from .errors import Ds01Error
 
@@ -12,19 +13,62 @@ _LOOK_TIMEOUT = 15
 _CHANGE_TIMEOUT = 150
 """systemd's own patience with a stop is 90 s (DefaultTimeoutStopSec); it answers before this is over."""
 
+_STOPPED_WITH = ("RequiredBy", "RequisiteOf", "BoundBy", "ConsistsOf", "PropagatesStopTo")
+"""By which a stop spreads: made by Requires=, Requisite=, BindsTo=, PartOf=, PropagatesStopTo= (systemd.unit(5))."""
+
 _RUNNING = ("active", "reloading", "refreshing", "activating")
 
 
-def active(units: Sequence[str]) -> tuple[str, ...]:
-    """Those of the units that run, or are about to, in the order given; a unit that the host does not
-    have does not run. Raises Ds01Error `service_failed` where systemd does not answer."""
-    if not units:
-        return ()
-    done = _systemctl("is-active", units, _LOOK_TIMEOUT)
-    states = done.stdout.split()
-    if len(states) != len(units):
-        raise _failed(f"systemd does not say whether {', '.join(units)} runs{_said(done)}.", units[0])
-    return tuple(unit for unit, state in zip(units, states, strict=True) if state in _RUNNING)
+@dataclass(frozen=True)
+class Stopping:
+    """A unit that runs and would stop. `along_with` is the unit whose stop takes it along, empty where it is
+    itself one of those asked about."""
+
+    unit: str
+    along_with: str = ""
+
+
+def stopping(units: Sequence[str]) -> tuple[Stopping, ...]:
+    """What stops when these units are stopped, in an order in which whoever needs another goes first.
+
+    A stop takes along what depends on the unit, and a start brings none of it back. A unit that the host does
+    not have does not run. Raises Ds01Error `service_failed` where systemd does not answer.
+    """
+    known: dict[str, _Known] = {}
+    causes: dict[str, str] = {}
+    for unit in units:
+        _add_stopping(unit, unit, known, causes)
+    own = {known[unit].name for unit in units}
+    return tuple(Stopping(unit, "" if unit in own else cause) for unit, cause in causes.items())
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A unit's own name where it was asked about by another, whether it runs, and what a stop of it stops."""
+
+    name: str
+    runs: bool
+    dependents: tuple[str, ...]
+
+
+def _add_stopping(unit: str, cause: str, known: dict[str, _Known], causes: dict[str, str]) -> None:
+    """Those that go with the unit, then the unit. A stop spreads through what does not run, too."""
+    if unit in known:
+        return
+    found = known[unit] = _known(unit)
+    for dependent in found.dependents:
+        _add_stopping(dependent, cause, known, causes)
+    if found.runs:
+        causes.setdefault(found.name, cause)
+
+
+def _known(unit: str) -> _Known:
+    done = _systemctl("show", [unit], _LOOK_TIMEOUT, f"--property=Id,ActiveState,{','.join(_STOPPED_WITH)}")
+    about = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
+    if done.returncode or "ActiveState" not in about:
+        raise _failed(f"systemd does not say whether {unit} runs{_said(done)}.", unit)
+    dependents = tuple(name for kind in _STOPPED_WITH for name in about.get(kind, "").split())
+    return _Known(about.get("Id") or unit, about["ActiveState"] in _RUNNING, dependents)
 
 
 def stop(unit: str) -> None:
