@@ -143,8 +143,14 @@ def _then(gpu: GpuState, plan: Plan) -> list[Block] | None:
 
 
 def _block(instance: Instance) -> Block:
-    owner = instance.holders[0].user or "in use" if instance.holders else "free" if instance.devices else "leftover"
-    return Block(instance.start, instance.size, instance.profile, owner)
+    return Block(instance.start, instance.size, instance.profile, _owner(instance))
+
+
+def _owner(instance: Instance) -> str:
+    if instance.holders:
+        first = instance.holders[0]
+        return first.user if first.container else "in use"
+    return "free" if instance.devices else "leftover"
 
 
 def _after(gpu: GpuState, plan: Plan) -> Iterator[Block]:
