@@ -164,6 +164,7 @@ def _gpu_record(gpu: GpuState) -> dict[str, Any]:
         "mig": gpu.mig,
         "mig_pending": gpu.pending if gpu.mode_pending else None,
         "memory_slices": gpu.table.width or None,
+        "profiles": {profile.name: profile.most for profile in gpu.table.profiles},
         "possible": {name: list(starts) for name, starts in fits.items()},
         "in_use_by": [str(h) for h in gpu.holders],
     }
