@@ -10,12 +10,12 @@ what the next one sees and completes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import engine, geometry, mig, nvml, partitions, pausing, processes, records, services, toolkit
+from . import engine, geometry, interruption, mig, nvml, partitions, pausing, processes, records, services, toolkit
 from .cutter import Cutter, cutting
 from .errors import Ds01Error
 from .ledger import Transaction
@@ -43,7 +43,14 @@ def _silent(_: str) -> None:
 def foresee(ds01: Allocations, wanted: Wanted, force: Collection[str] = ()) -> Planned:
     """What `apply` would do now. Writes nothing; raises Ds01Error with what is in the way."""
     with nvml.session() as driver:
-        return _foresee(ds01, driver, ds01.store.read(), wanted, force)
+        planned = _foresee(ds01, driver, ds01.store.read(), wanted, force)
+    left = _left_stopped(pausing.left(ds01.paths.paused_services))
+    return replace(planned, repairs=(*left, *planned.repairs))
+
+
+def _left_stopped(units: Iterable[str]) -> Iterator[str]:
+    """What a killed run left stopped, as repairs."""
+    return (f"{unit} was left stopped by a run that was killed" for unit in units)
 
 
 def apply(ds01: Allocations, wanted: Wanted, force: Collection[str] = (), say: Say = _silent) -> Planned:
@@ -52,7 +59,12 @@ def apply(ds01: Allocations, wanted: Wanted, force: Collection[str] = (), say: S
     refuses."""
     if not engine.disabled() and ds01.store.lost():
         ds01.rebuild()  # an empty ledger protects nobody
-    pausing.resume(ds01.paths.paused_services, say)
+    resumed = pausing.resume(ds01.paths.paused_services, say)
+    planned = _apply(ds01, wanted, force, say)
+    return replace(planned, repairs=(*_left_stopped(resumed.started), *planned.repairs))
+
+
+def _apply(ds01: Allocations, wanted: Wanted, force: Collection[str], say: Say) -> Planned:
     with nvml.session() as driver:
         first = ds01.store.read()
         planned = _foresee(ds01, driver, first, wanted, force)
@@ -173,12 +185,14 @@ def mend(ds01: Allocations, driver: nvml.Nvml, transaction: Transaction) -> None
 # --- under the lock
 
 
+@interruption.deferred()
 def cut(
     ds01: Allocations, driver: nvml.Nvml, transaction: Transaction, planned: Planned, say: Say = _silent
 ) -> Inventory:
     """Carry a plan out, and put right what depends on it; the devices afterwards. Under the ledger's lock.
 
-    Raises Ds01Error with the layout, the ledger and the CDI devices as they were.
+    Raises Ds01Error with the layout, the ledger and the CDI devices as they were, and so an interruption: it
+    counts before each step, and not between the steps and what depends on them.
     """
     before, broken = transaction.ledger, set(planned.released)
     if broken:  # out of reach first: nobody starts on a device that is about to go
@@ -367,6 +381,7 @@ def foresee_restore(ds01: Allocations) -> Restored:
     return Restored(tuple(plans.values()), host.inventory, tuple(problems))
 
 
+@interruption.deferred()
 def restore(ds01: Allocations, say: Say = _silent) -> Restored:
     """Cut every GPU again as it was saved, in the same places, and project the ledger on what is there then.
 
