@@ -102,5 +102,7 @@ def _write(note: Path, units: Sequence[str]) -> None:
         files.replace(note, json.dumps(content).encode(), 0o640, durable=True)
     except OSError as exc:
         raise Ds01Error(
-            "permission_denied", f"{note} cannot be written: {exc.strerror}.", "Run as root; nothing was stopped."
+            "permission_denied",
+            f"{note} cannot be written: {exc.strerror}.",
+            f"{files.remedy(exc)} Nothing was stopped.",
         ) from None

@@ -70,8 +70,8 @@ def _apply(ds01: Allocations, wanted: Wanted, force: Collection[str], say: Say) 
         planned = _foresee(ds01, driver, first, wanted, force)
         if not planned.changed:
             return planned
-        if _has_toolkit() and planned.recuts:
-            toolkit.check()
+        if planned.recuts:
+            _check_writable(ds01)
         with pausing.paused(planned.services, ds01.paths.paused_services, say), ds01.store.transaction() as transaction:
             if transaction.ledger.generation < first.generation:
                 raise Ds01Error(
@@ -156,6 +156,13 @@ def _spec_problem(ds01: Allocations, inventory: Inventory) -> str | None:
     return "NVIDIA's CDI spec has devices that are gone." if stale else ds01.cdi.problem(uuids, spec)
 
 
+def _check_writable(ds01: Allocations) -> None:
+    """Before anything is begun: whether what depends on a layout could be written. Raises Ds01Error."""
+    ds01.saved_layout.check()
+    if _has_toolkit():
+        toolkit.check(ds01.cdi.nvidia_targets())
+
+
 def _has_toolkit() -> bool:
     """Without an engine nothing is projected, and nobody misses the toolkit."""
     return toolkit.installed() or not engine.disabled()
@@ -167,15 +174,13 @@ def cut_on_demand(
     """Cut GPUs for requests that were decided under this lock; the devices afterwards. Raises Ds01Error as
     `cut` does."""
     planned = partitions.planned(partitions.host(ds01, driver, transaction.ledger, seen), cuts)
-    if _has_toolkit():
-        toolkit.check()
+    _check_writable(ds01)
     return cut(ds01, driver, transaction, planned)
 
 
 def mend(ds01: Allocations, driver: nvml.Nvml, transaction: Transaction) -> None:
     """Put right what depends on the layout, as a run that was killed leaves it. Raises Ds01Error."""
-    if _has_toolkit():
-        toolkit.check()
+    _check_writable(ds01)
     spec = ds01.cdi.nvidia_spec() or {}
     known = {device.get("name") for device in spec.get("devices", ())}
     cut_by_it = {device.gpu_uuid for device in driver.inventory().devices if device.uuid not in known}
@@ -194,24 +199,55 @@ def cut(
     Raises Ds01Error with the layout, the ledger and the CDI devices as they were, and so an interruption: it
     counts before each step, and not between the steps and what depends on them.
     """
-    before, broken = transaction.ledger, set(planned.released)
+    before, saved, broken = transaction.ledger, ds01.saved_layout.read(), set(planned.released)
     if broken:  # out of reach first: nobody starts on a device that is about to go
         ds01.carry_out(transaction, before.without(*broken), ds01.clock(), broken, stopped=broken)
     gpus, devices = {gpu.index: gpu for gpu in planned.host.gpus}, planned.host.inventory.devices
+    changed, begun = [gpus[index].uuid for index in planned.cuts], transaction.ledger
+    unsettled: Ds01Error | None = None
     try:
         with cutting(driver.library, say) as cutter:
             _carry_out(cutter, driver, planned)
+            inventory = _describe(ds01, driver, changed)
+            _check_described(ds01, inventory)
+            try:
+                _follow(ds01, transaction, before, broken, inventory)
+            except Ds01Error as exc:
+                if transaction.ledger == begun:
+                    raise
+                unsettled = exc  # the ledger has it: now the GPUs have to stay so
     except BaseException as exc:
-        # What was undone is back in its place, under another name.
-        with contextlib.suppress(Ds01Error):
-            _renew(ds01, transaction, devices, _settle(ds01, driver, transaction, before, broken))
+        _undo(ds01, driver, transaction, before, saved, broken, devices)
         _record_refusal(ds01, planned, exc)
         raise _with_clients(exc, planned.host) from None
     _record(ds01, planned, before)
-    changed = [gpus[index].uuid for index in planned.cuts]
-    inventory = _settle(ds01, driver, transaction, before, broken, changed)
+    if unsettled:
+        raise Ds01Error(
+            unsettled.reason,
+            f"The GPUs are cut as wanted, and the ledger has it, but: {unsettled.message}",
+            unsettled.hint,
+            **unsettled.details,
+        )
     _renew(ds01, transaction, devices, inventory)
     return inventory
+
+
+def _undo(
+    ds01: Allocations,
+    driver: nvml.Nvml,
+    transaction: Transaction,
+    before: Ledger,
+    saved: SavedLayout,
+    broken: Collection[str],
+    devices: Sequence[Device],
+) -> None:
+    """As far as it can be: what was made again is in its place, under another name."""
+    for act in (
+        lambda: ds01.saved_layout.write(saved),
+        lambda: _renew(ds01, transaction, devices, _settle(ds01, driver, transaction, before, broken)),
+    ):
+        with contextlib.suppress(Ds01Error):
+            act()
 
 
 def _renew(ds01: Allocations, transaction: Transaction, before: Sequence[Device], after: Inventory) -> None:
@@ -270,24 +306,38 @@ def _settle(
     containers that may have lost devices by it, `changed` the UUIDs of the GPUs whose layout is DS01's
     from now on.
     """
+    inventory = _describe(ds01, driver, changed)
+    if transaction:
+        _follow(ds01, transaction, before, broken, inventory)
+    _check_described(ds01, inventory)
+    return inventory
+
+
+def _describe(ds01: Allocations, driver: nvml.Nvml, changed: Collection[str]) -> Inventory:
+    """The saved layout, nodes and NVIDIA's spec."""
     inventory = driver.inventory()
     gpus = [gpu for gpu in driver.layout(inventory) if gpu.uuid in changed]
     ds01.saved_layout.write(_noted(ds01.saved_layout.read(), gpus))
     if _has_toolkit() and _spec_problem(ds01, inventory):
         toolkit.refresh(ds01.cdi.nvidia_targets())
-    if transaction:
-        final = resolved(before, inventory)
-        final = final.without(*(c for c in broken if _lost_devices(final, c, inventory)))
-        if final.allocations:
-            final = replace(final, boot_id=processes.boot_id())
-        ds01.reproject(transaction, final, ds01.clock(), inventory)
-    if _has_toolkit() and (problem := _spec_problem(ds01, inventory)):
-        raise Ds01Error(
-            "driver_unavailable",
-            f"The GPUs are cut as wanted, but {problem}",
-            "Until it is written, the new devices are offered to nobody. Try: nvidia-smi -L; nvidia-ctk cdi generate",
-        )
     return inventory
+
+
+def _follow(
+    ds01: Allocations, transaction: Transaction, before: Ledger, broken: Collection[str], inventory: Inventory
+) -> None:
+    """The ledger and the CDI devices."""
+    final = resolved(before, inventory)
+    final = final.without(*(c for c in broken if _lost_devices(final, c, inventory)))
+    if final.allocations:
+        final = replace(final, boot_id=processes.boot_id())
+    ds01.reproject(transaction, final, ds01.clock(), inventory)
+
+
+def _check_described(ds01: Allocations, inventory: Inventory) -> None:
+    """Whether NVIDIA's spec is that of the devices, now that it was written. Raises Ds01Error."""
+    if _has_toolkit() and (problem := _spec_problem(ds01, inventory)):
+        raise Ds01Error("driver_unavailable", problem, "Try: nvidia-smi -L; nvidia-ctk cdi generate")
 
 
 def _with_clients(exc: BaseException, host: Host) -> BaseException:
