@@ -241,6 +241,8 @@ def main() -> None:
                 result = present(ds01, module.params, module.check_mode)
     except Ds01Error as exc:
         fail(module, exc)
+    for warning in result.pop("warnings", []):
+        module.warn(warning)
     if not module._diff:
         result.pop("diff")
     module.exit_json(**result)

@@ -71,7 +71,7 @@ BEFORE: dict[str, Fault] = {
         sim("version-mismatch=on"),
         {"g0": ANEW},
         "driver_unavailable",
-        ("version mismatch", "reboot"),
+        ("version mismatch. The driver", "reboot"),
     ),
     "no driver is loaded": (sim("loaded=off"), {"g0": ANEW}, "driver_unavailable", ("Load the",)),
     "two with the media engines": (
@@ -114,7 +114,7 @@ BEFORE: dict[str, Fault] = {
         lambda s: broken(s, "nvidia-ctk"),
         {"g0": ANEW},
         "driver_unavailable",
-        ("NVIDIA's CDI spec cannot be written", "it broke"),
+        ("NVIDIA's CDI spec cannot be written", "it broke. Try:"),
     ),
 }
 

@@ -237,6 +237,7 @@ def _cmd_mig_plan(args: argparse.Namespace, ds01: Allocations) -> int:
     from . import mig_text, relayout
 
     planned = relayout.foresee(ds01, _wanted_layout(args, ds01), args.force)
+    _warn(planned)
     if args.json:
         _print_json(planned.result())
     else:
@@ -251,11 +252,17 @@ def _cmd_mig_apply(args: argparse.Namespace, ds01: Allocations) -> int:
         return _cmd_mig_plan(args, ds01)
     with interruption.as_exception():
         planned = relayout.apply(ds01, _wanted_layout(args, ds01), args.force, _say)
+    _warn(planned)
     if args.json:
         _print_json(planned.result())
     else:
         print(planned.summary())
     return EXIT_OK
+
+
+def _warn(planned: Any) -> None:
+    for warning in planned.result()["warnings"]:
+        _say(f"warning: {warning}")
 
 
 def _wanted_layout(args: argparse.Namespace, ds01: Allocations) -> Any:

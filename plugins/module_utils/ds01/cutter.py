@@ -222,7 +222,7 @@ class Cutter:
         if exc.value == _IN_USE:
             return self._used(gpu, attempt)
         reason, why, hint = _REASONS.get(
-            exc.value, ("driver_unavailable", str(exc), "Its log (dmesg, nvidia-smi) shows more.")
+            exc.value, ("driver_unavailable", str(exc).rstrip("."), "Its log (dmesg, nvidia-smi) shows more.")
         )
         return Ds01Error(reason, f"{tried}: {why}.", hint, gpu=gpu.index, nvml=exc.value)
 

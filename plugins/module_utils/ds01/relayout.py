@@ -264,22 +264,24 @@ def _carry_out(cutter: Cutter, driver: nvml.Nvml, planned: Planned) -> None:
     if planned.switched:  # a GPU tells where its profiles may be only once its mode is on: from here on that counts
         switched = {gpu.index: planned.cuts[gpu.index] for gpu in planned.switched}
         gpus |= {gpu.index: gpu for gpu in driver.layout(driver.inventory()) if gpu.index in switched}
-        plans = (*(p for p in plans if p.gpu not in switched), *_plans(gpus.values(), switched))
+        plans = (*(p for p in plans if p.gpu not in switched), *_plans(planned.host, gpus.values(), switched))
     for step in (s for p in plans for s in p.changes if s.action == mig.CREATE):
         cutter.carry_out(gpus[step.gpu], step)
-    _verify(driver, planned.cuts)
+    _verify(driver, planned)
 
 
-def _plans(gpus: Iterable[GpuState], cuts: Cuts) -> Sequence[mig.Plan]:
+def _plans(host: Host, gpus: Iterable[GpuState], cuts: Cuts) -> Sequence[mig.Plan]:
     found = mig.plan(gpus, cuts)
     if found.refusals:
-        raise partitions.refusal(found.refusals)
+        raise partitions.refusal(found.refusals, host)
     return found.plans
 
 
-def _verify(driver: nvml.Nvml, cuts: Cuts) -> None:
+def _verify(driver: nvml.Nvml, planned: Planned) -> None:
     """Read back: success is what the driver shows, not what it answered."""
-    left = [step for plan in _plans(driver.layout(driver.inventory()), cuts) for step in plan.changes]
+    left = [
+        step for plan in _plans(planned.host, driver.layout(driver.inventory()), planned.cuts) for step in plan.changes
+    ]
     if left:
         raise Ds01Error(
             "layout_impossible",

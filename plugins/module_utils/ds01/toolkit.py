@@ -60,7 +60,7 @@ def _generate(kind: str) -> str | None:
         return None
     raise Ds01Error(
         "driver_unavailable",
-        f"NVIDIA's CDI spec cannot be written: {_last_line(done.stderr)}",
+        f"NVIDIA's CDI spec cannot be written: {_last_line(done.stderr).rstrip('.')}.",
         f"Try: {' '.join(argv)}",
     )
 
