@@ -101,10 +101,20 @@ options:
   recreate:
     description:
       - What to do with an existing container that was made from another request. V(never) leaves it and warns;
-        V(on_change) makes it anew, V(always) does so in any case. Files outside C(/workspace) are lost then.
+        V(on_change) makes it anew, V(on_update) does so as well where its image has been built or loaded anew since,
+        V(always) in any case.
+      - Files outside C(/workspace) and O(keep) are lost then. The old container goes only when the new one is there;
+        where that fails, it is as it was, and runs again if it ran.
     type: str
-    choices: [never, on_change, always]
+    choices: [never, on_change, on_update, always]
     default: never
+  keep:
+    description:
+      - Files and directories, such as V(/home/alice), which a container gets from the one that it replaces
+        (O(recreate)), over what its image has there.
+    type: list
+    elements: str
+    default: []
   wait:
     description:
       - Seconds to wait for devices where none is free, before the start. Requests are served by priority, then by age.
@@ -182,8 +192,13 @@ options:
       recreate:
         description: As O(recreate).
         type: str
-        choices: [never, on_change, always]
+        choices: [never, on_change, on_update, always]
         default: never
+      keep:
+        description: As O(keep).
+        type: list
+        elements: str
+        default: []
       wait:
         description: As O(wait).
         type: int
@@ -206,6 +221,15 @@ EXAMPLES = r"""
     user: alice
     image: ds01-alice/my-project:latest
     gpus: 1
+
+- name: The same with the image as it is now; what she installed in her home goes along
+  ds01_container:
+    project: my-project
+    user: alice
+    image: ds01-alice/my-project:latest
+    gpus: 1
+    recreate: on_update
+    keep: [/home/alice]
 
 - name: Stop it; its device is held for a while
   ds01_container:
@@ -235,7 +259,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 container:
-  description: The container now; null when there is none. With one item only, as are the next four.
+  description: The container now; null when there is none. With one item only, as are the next six.
   returned: always
   type: dict
   sample:
@@ -256,6 +280,19 @@ actions:
   type: list
   elements: str
   sample: [allocated, created, started]
+drift:
+  description:
+    - In what the container, as it was before, differs from the request, with C(is) and C(wanted) for each. Environment
+      variables are named without their values. Empty where it was made from this request, and where it differs in
+      something else, such as the version of DS01 that made it.
+  returned: always
+  type: dict
+  sample:
+    memory: {is: 32g, wanted: 64g}
+image_outdated:
+  description: Whether the image's name stands for another image by now than the container was made from.
+  returned: always
+  type: bool
 reason:
   description: V(ok), or the reason code of the failure, such as V(image_missing) or V(no_gpu_available).
   returned: always
@@ -275,7 +312,7 @@ from datetime import timedelta
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.ds01.allocations import Allocations
-from ansible.module_utils.ds01.container_spec import ContainerRequest
+from ansible.module_utils.ds01.container_spec import ContainerRequest, check_keep
 from ansible.module_utils.ds01.containers import DEFAULT_STOP_TIMEOUT, RECREATE, STATES, Containers, Report, Wish
 from ansible.module_utils.ds01.errors import Ds01Error, invalid_input
 from ansible.module_utils.ds01.paths import Paths
@@ -297,6 +334,7 @@ ITEM = {
     "limits": {"type": "dict", "default": {}},
     "stop_timeout": {"type": "int", "default": DEFAULT_STOP_TIMEOUT},
     "recreate": {"type": "str", "choices": list(RECREATE), "default": "never"},
+    "keep": {"type": "list", "elements": "str", "default": []},
     "wait": {"type": "int", "default": 0},
     "reuse_held": {"type": "bool", "default": False},
 }
@@ -338,6 +376,7 @@ def to_wish(item: dict, allocations: Allocations) -> Wish:
         item["recreate"],
         timedelta(seconds=item["wait"]),
         item["reuse_held"],
+        [check_keep(path) for path in item["keep"]],
     )
 
 

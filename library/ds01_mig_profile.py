@@ -126,6 +126,11 @@ released:
   type: list
   elements: str
   sample: [my-project._.alice]
+given_back:
+  description: Containers that lose devices because their hold, or the time to start them, was over anyway.
+  returned: when O(state=present)
+  type: list
+  elements: str
 repairs:
   description: What else was not as it should be and is put right, such as what a run left behind that died midway.
   returned: when O(state=present)

@@ -70,7 +70,7 @@ def test_a_container_that_is_being_removed_is_left_alone(state: str) -> None:
 )
 def test_only_who_asks_for_it_loses_a_container(recreate: str, differs: bool, anew: bool) -> None:
     found = steps(wish("started", recreate=recreate), "running", differs)
-    assert found == (("allocate", "remove", "create", "start") if anew else ())
+    assert found == (("allocate", "set_aside", "create", "start") if anew else ())
 
 
 @pytest.mark.parametrize("state", ["present", "started", "restarted"])

@@ -274,10 +274,10 @@ def test_who_is_in_the_way_is_named_and_may_be_forced(server: Server) -> None:
 
 def test_a_whole_gpu_that_somebody_has_is_not_cut(server: Server) -> None:
     assert server.allocate("alice", "p", "--profile", "full").json["allocation"]["gpu_id"] == "0"
-    assert "  used as a whole by p._.alice of alice\n" in server.ds01("mig", "list").out
+    assert "  used as a whole by p._.alice of alice until " in server.ds01("mig", "list").out
     refused = server.ds01("mig", "plan", "--gpu", "0=2g.20gb")
     assert refused.code == 1
-    assert "GPU 0 cannot become 2g.20gb: the GPU itself is in use by p._.alice of alice." in refused.err
+    assert "GPU 0 cannot become 2g.20gb: the GPU itself is in use by p._.alice of alice until " in refused.err
 
 
 USAGE: dict[str, tuple[list[str], int, str]] = {
@@ -302,3 +302,12 @@ def test_what_cannot_be_planned_is_told_in_one_sentence(
     result: Result = server.ds01("mig", "plan", *argv)
     assert (result.code, result.out) == (code, "")
     assert sentence in result.err
+
+
+def test_capability_nodes_are_numbered_as_the_driver_does(server: Server) -> None:
+    told = json.loads(inside(server, "i = d.inventory(); print(json.dumps(d.capabilities(i)))"))
+    devices = server.ds01("status", "--json").json["devices"]
+    state = server.sim_state.read_text(encoding="utf-8")
+    cut = [dict(f.split("=") for f in line.split()[1:]) for line in state.splitlines() if line.startswith("ci ")]
+    assert told == {ci["uuid"]: 3 + 135 * int(ci["gpu"]) + 9 * int(ci["gi"]) for ci in cut}
+    assert set(told) == {d["uuid"] for d in devices if ":" in d["id"]}

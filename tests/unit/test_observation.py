@@ -54,6 +54,9 @@ class Driver:
     def inventory(self) -> Any:
         return TWO
 
+    def capabilities(self, _inventory: Any) -> dict[str, int]:
+        return {}
+
     def processes(self, _inventory: Any) -> dict[str, tuple[int, ...]]:
         return {}
 
@@ -149,3 +152,14 @@ def test_on_another_engine_no_container_counts_as_removed(tmp_path: Path) -> Non
 def test_a_container_that_is_missing_from_its_own_engine_was_removed(tmp_path: Path) -> None:
     ledger = replace(taken(TWO, alice="0"), engine_id="this engine")
     assert observer(Engine(), tmp_path).look(ledger, Driver()).seen == {}
+
+
+def test_who_was_given_a_mig_device_by_its_index_is_known_by_what_he_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(foreign=[container("trainer", labels={})])
+    monkeypatch.setattr(engine, "gpu_use", lambda _: GpuUse("trainer", names=("1:0",), how="x", pid=4711))
+    asked: list[int] = []
+    monkeypatch.setattr("ds01.processes.capabilities", asked.append)
+    seen = observer(engine, tmp_path).look(taken(TWO), Driver())
+    assert (asked, set(seen.occupied)) == ([4711], {"GPU-1"}), "where it cannot be told, the whole GPU"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from ds01.occupancy import GpuUse, gpu_use, occupied
+from ds01.occupancy import GpuUse, as_opened, by_mig_index, gpu_use, occupied
 from support import machine
 
 SLICE = "2g.20gb"
@@ -254,3 +254,30 @@ def test_only_the_process_that_is_named_is_looked_up() -> None:
     asked: list[int] = []
     occupied(machine("full", "full"), [ONE], {"GPU-0": (1, 2), "GPU-1": (3, 4)}, lambda pid: str(asked.append(pid)))
     assert asked == [3]
+
+
+BY_INDEX = GpuUse("trainer", names=("0:1", "1", "MIG-1-0"), how="--device nvidia.com/gpu=0:1")
+
+
+@pytest.mark.parametrize("names", [("0:1",), ("0", "1:0")], ids=str)
+def test_a_mig_index_is_no_lasting_name(names: tuple[str, ...]) -> None:
+    assert by_mig_index(GpuUse("trainer", names=names))
+    assert not by_mig_index(GpuUse("trainer", names=("0", "MIG-0-1")))
+
+
+def test_what_was_promised_by_index_is_what_the_container_opened() -> None:
+    """The GPU was cut anew since: what is 0:1 now is not what the container was given at its start."""
+    inventory = machine(["2g.20gb", "2g.20gb"], "full")
+    use = as_opened(GpuUse("trainer", names=("0:1",), how="x"), (12, 13), {"MIG-0-0": 12, "MIG-0-1": 21})
+    assert set(occupied(inventory, [use], {}, str)) == {"MIG-0-0"}
+
+
+def test_what_cannot_be_told_counts_for_the_whole_gpu() -> None:
+    inventory = machine(["2g.20gb", "2g.20gb"], "full")
+    assert as_opened(BY_INDEX, None, {}).names == ("1", "MIG-1-0", "0")
+    use = as_opened(GpuUse("trainer", names=("0:1",), how="x"), None, {})
+    assert set(occupied(inventory, [use], {}, str)) == {"MIG-0-0", "MIG-0-1"}
+
+
+def test_names_that_last_stay() -> None:
+    assert as_opened(BY_INDEX, (12,), {}).names == ("1", "MIG-1-0")

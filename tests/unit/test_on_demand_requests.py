@@ -144,6 +144,45 @@ def test_limits_count(limits: dict[str, Any], expected: str) -> None:
     assert shown(ask(host("2g.20gb@0=alice"), "3g.40gb", **limits)) == expected
 
 
+WHOLE = {
+    "cut on demand": ([""], "7g.80gb", 1, "full_gpu_not_allowed"),
+    "that is there": (["7g.80gb@0"], "7g.80gb", 1, "full_gpu_not_allowed"),
+    "that is there, and none is cuttable": (["7g.80gb@0", FULL], "7g.80gb", 1, "full_gpu_not_allowed"),
+    "as any device": (["7g.80gb@0"], None, 1, "full_gpu_not_allowed"),
+    "any smaller one": (["7g.80gb@0", "4g.40gb@0"], None, 1, "1:0"),
+    "is dissolved for a smaller one": (["7g.80gb@0"], "4g.40gb", 1, "0:new; 0: 4g.40gb at 0"),
+    "in use is no room": (["7g.80gb@0=alice"], "4g.40gb", 1, "no_gpu_available"),
+}
+
+
+@pytest.mark.parametrize(("gpus", "wish", "count", "expected"), WHOLE.values(), ids=WHOLE)
+def test_a_mig_device_that_is_all_of_a_gpu(gpus: list[str], wish: str | None, count: int, expected: str) -> None:
+    """For who may not have a whole GPU."""
+    decision = ask(host(*gpus), wish, count, allow_full_gpu=False)
+    assert shown(decision) == expected
+    if expected == "full_gpu_not_allowed" and wish:
+        assert isinstance(decision, Refusal)
+        assert decision.message == "bob (student) may not have a whole GPU, and a 7g.80gb device is all of one."
+    allowed = ask(host(*gpus), wish, count)
+    assert isinstance(allowed, Grant) or expected == "no_gpu_available"
+
+
+def test_where_gpus_stay_as_they_are_it_is_a_mig_device_like_any_other() -> None:
+    static = replace(host("7g.80gb@0", policy=GpuPolicy()), cuttable=())
+    assert shown(ask(static, "7g.80gb", allow_full_gpu=False)) == "0:0"
+    assert shown(ask(static, None, allow_full_gpu=False)) == "0:0"
+
+
+def test_nothing_is_kept_for_who_may_not_have_it() -> None:
+    """Waiting for what became forbidden keeps no GPU from others."""
+    limits = limits_of("bob", allow_full_gpu=False)
+    request = Request("q._.bob", "bob", 1, "7g.80gb")
+    situation = host("1g.10gb@0=alice")
+    refusal = takeover.decide(request, limits, situation)
+    assert isinstance(refusal, Refusal)
+    assert on_demand.room_kept(request, limits, situation, refusal) == frozenset()
+
+
 # --- holds
 
 

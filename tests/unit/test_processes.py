@@ -189,3 +189,12 @@ def test_what_others_have_open_is_not_told_to_everybody(tmp_path: Path) -> None:
                 number = len(processes.holders([node]))
             os._exit(number)
         assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_process_s_capabilities_are_looked_for_in_its_own_root() -> None:
+    import os
+
+    found = processes.capabilities(os.getpid())
+    assert found is None or all(isinstance(number, int) for number in found)
+    assert processes.capabilities(0) is None
+    assert processes.capabilities(2**22 + 1) is None

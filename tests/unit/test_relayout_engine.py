@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ ALICE = "p._.alice"
 @dataclass
 class Docker:
     """Stands in for the Docker SDK's client: an engine with these containers. `then` is what they are from the
-    so-manieth listing on."""
+    so-manieth listing on. Whoever stopped did so a minute ago."""
 
     status: dict[str, str]
     labels: Mapping[str, Mapping[str, str]]
@@ -37,7 +38,8 @@ class Docker:
 
     def inspect_container(self, name: str) -> dict[str, Any]:
         name = name.removeprefix("id-")
-        state = {"Status": self.status[name], "FinishedAt": "2025-11-21T10:00:00Z"}
+        finished = datetime.now(timezone.utc) - timedelta(minutes=1)
+        state = {"Status": self.status[name], "FinishedAt": finished.isoformat()}
         config = {"Image": "image", "Labels": self.labels[name]}
         return {"Id": f"id-{name}", "Name": f"/{name}", "State": state, "Config": config}
 

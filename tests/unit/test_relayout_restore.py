@@ -109,3 +109,20 @@ def test_what_is_in_use_is_left_and_told(server: Server) -> None:
     assert server.cuts() == ["7g.80gb@0", cuts[1]]
     server.check_nothing_false()
     assert server.projected().keys() == {"q._.bob"}
+
+
+def test_what_was_cut_otherwise_in_this_boot_is_left_alone(server: Server) -> None:
+    """Somebody may use it in a way that only the engine knows, and a restore asks no engine that does not run."""
+    server.somebody_removes(0, 2)
+    server.somebody_cuts(0, "1g.10gb", 2)
+    cuts = server.cuts()
+    restored = server.restore()
+    assert server.cuts() == cuts
+    assert restored.problems == ("GPU 0 was cut otherwise since it was restored: it is left as it is.",)
+
+
+def test_what_is_only_missing_in_this_boot_is_cut_again(server: Server) -> None:
+    cuts = server.cuts()
+    server.somebody_removes(0, 2)
+    assert server.restore().problems == ()
+    assert server.cuts() == cuts

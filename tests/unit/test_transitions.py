@@ -8,13 +8,13 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from ds01 import units
+from ds01 import lifecycle, units
 from ds01.errors import Ds01Error
 from ds01.limits import Config, GpuPolicy, Reservation
 from ds01.model import Inventory, Ledger
 from ds01.names import ContainerName
 from ds01.placement import Situation
-from ds01.transitions import Change, Outcome, after, decide, device_problem, hold_ends, resolved
+from ds01.transitions import Change, Outcome, after, decide, device_problem, resolved
 from hypothesis import given
 from hypothesis import strategies as st
 from support import NOW, config_of, machine, taken
@@ -194,7 +194,7 @@ def test_the_hold_ends_at_the_same_moment_in_every_time_zone(zone: str, timezone
     stopped = units.parse_time("2025-11-21T10:29:00.5Z")
     outcome = run(change("held", stopped_at=stopped), ledger, config)
     assert "until 2025-11-21T10:44:00Z" in outcome.message
-    assert hold_ends(after(ledger, outcome), config) == {"p._.alice": units.parse_time("2025-11-21T10:44:00Z")}
+    assert lifecycle.ends(after(ledger, outcome), config) == {"p._.alice": units.parse_time("2025-11-21T10:44:00Z")}
 
 
 def test_hold_ends_leaves_out_what_runs_and_what_is_held_without_end() -> None:
@@ -206,7 +206,7 @@ def test_hold_ends_leaves_out_what_runs_and_what_is_held_without_end() -> None:
     ledger = taken(FOUR, alice="0", bob="1", carol="2", dan="3")
     for user in ("alice", "bob", "dan"):
         ledger = ledger.with_allocation(replace(ledger.allocations[f"p._.{user}"], stopped_at=NOW))
-    assert hold_ends(ledger, config) == {"p._.alice": NOW + HOUR, "p._.dan": NOW}
+    assert lifecycle.ends(ledger, config) == {"p._.alice": NOW + HOUR, "p._.dan": NOW}
 
 
 # --- active

@@ -25,6 +25,7 @@ from ds01.allocations import Allocations
 from ds01.errors import Ds01Error
 from ds01.model import FULL, Device, Gpu, Inventory, Process
 from ds01.paths import Paths
+from ds01.policies import DeviceUse
 from support import NOW, Host, spec_device
 
 RUNNING = ("running", "paused", "restarting")
@@ -90,6 +91,7 @@ class Box:
     created_at: datetime = NOW
     promised: tuple[str, ...] = ()
     forgotten: bool = False
+    workspace: str = ""
 
     @property
     def ours(self) -> bool:
@@ -305,6 +307,10 @@ class _Session:
     def processes(self, inventory: Inventory) -> dict[str, tuple[int, ...]]:
         return self._world.processes(inventory)
 
+    def uses(self, inventory: Inventory) -> dict[str, DeviceUse]:
+        """Nobody computes; who is idle is policies' own tests' matter."""
+        return {device.uuid: DeviceUse() for device in inventory.devices}
+
 
 class Client:
     """The part of the Docker SDK's client that the engine adapter reads with."""
@@ -316,16 +322,20 @@ class Client:
         self._answers()
         wanted = [box for box in self._world.boxes.values() if not filters or box.ours]
         return [
-            {"Id": b.id, "Names": [f"/{b.name}"], "State": b.status, "Image": "image", "Labels": b.labels}
+            {
+                "Id": b.id,
+                "Names": [f"/{b.name}"],
+                "State": b.status,
+                "Image": "image",
+                "Labels": b.labels,
+                "Mounts": [{"Destination": "/workspace", "Source": b.workspace}] if b.workspace else [],
+            }
             for b in wanted
         ]
 
     def inspect_container(self, name: str) -> dict[str, Any]:
         self._answers()
-        for box in self._world.boxes.values():
-            if name in (box.name, box.id):
-                return box.inspected
-        raise docker.errors.NotFound("no such container", explanation="no such container")
+        return self._find(name).inspected
 
     def info(self) -> dict[str, Any]:
         self._answers()
@@ -340,13 +350,24 @@ class Client:
     def _end(self, name: str, how: str) -> None:
         self._answers()
         self._world.asked_to_end.append((how, name))
-        box = self._world.box(name)
-        if box is None:
-            raise docker.errors.NotFound("no such container", explanation="no such container")
+        box = self._find(name)
         if how in self._world.refuses_to.get(name, ()):
             raise docker.errors.APIError("it hangs", explanation=f"cannot {how} {name}: it hangs")
         if box.runs:
             self._world.stop(box)
+
+    def remove_container(self, name: str, *, force: bool = False) -> None:
+        self._answers()
+        box = self._find(name)
+        if box.runs and not force:
+            raise docker.errors.APIError("it runs", explanation=f"cannot remove {name}: it runs")
+        self._world.remove(box, record_too=False)
+
+    def _find(self, name: str) -> Box:
+        found = next((box for box in self._world.boxes.values() if name in (box.name, box.id)), None)
+        if found is None:
+            raise docker.errors.NotFound("no such container", explanation="no such container")
+        return found
 
     def _answers(self) -> None:
         if not self._world.engine_answers:

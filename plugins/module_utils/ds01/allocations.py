@@ -8,6 +8,7 @@ and one list of the engine.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -200,7 +201,7 @@ class Allocations:
             except _OutdatedError:
                 if not left:
                     raise
-        self._record_events(plan)
+        self._record_events((*plan.due, *plan.outcomes), plan.now)
         return plan, seen
 
     def _decide_and_write(self, changes: Sequence[Change], scope: _Scope) -> tuple[_Plan, Observation]:
@@ -578,6 +579,17 @@ class Allocations:
         mended = [container for container in mended if container not in moved]
         return _Plan(outcomes, due, final, sources.spec, time, rebooted, cuts, mended)
 
+    def overdue(self, now: Ledger, seen: Observation) -> list[Outcome]:
+        """What is over or was seen to have changed, and whoever asks for a device finds before anything else."""
+        return self._due(resolved(now, seen.inventory), (), seen, self.clock())
+
+    def give_back(self, transaction: Transaction, over: Sequence[Outcome], running: Collection[str]) -> None:
+        """Write that these allocations are over, with the events. Raises as `carry_out` does."""
+        final, now = functools.reduce(after, over, transaction.ledger), self.clock()
+        moved = _moved(transaction.ledger, final)
+        self.carry_out(transaction, final, now, moved, stopped=set(moved).difference(running))
+        self._record_events(over, now)
+
     def _due(self, now: Ledger, changes: Sequence[Change], seen: Observation, time: datetime) -> list[Outcome]:
         """What is over or was seen to have changed; whoever asks again keeps his."""
         asking = {change.name.full for change in changes}
@@ -596,12 +608,12 @@ class Allocations:
         refusal = refused(outcome.name, Refusal("driver_unavailable", problem, hint), outcome.before)
         return replace(refusal, ticket=outcome.ticket)
 
-    def _record_events(self, plan: _Plan) -> None:
-        for outcome in (*plan.due, *plan.outcomes):
+    def _record_events(self, outcomes: Iterable[Outcome], now: datetime) -> None:
+        for outcome in outcomes:
             for event, allocation, reason, message in _events(outcome):
                 self.events.write(
                     event,
-                    plan.now,
+                    now,
                     user=allocation.user if allocation else outcome.name.user,
                     container=allocation.container if allocation else outcome.name.full,
                     devices=[records.device_record(d) for d in allocation.devices] if allocation else None,
@@ -750,4 +762,4 @@ def other_containers(name: names.ContainerName, containers: Sequence[engine.Cont
     """The user's containers besides this one: those the engine has, and those granted but not made yet."""
     existing = {c.name for c in containers if c.user == name.user}
     promised = {a.container for a in now.of_user(name.user)}
-    return len((existing | promised) - {name.full})
+    return len((existing | promised) - {name.full, names.set_aside(name.full)})

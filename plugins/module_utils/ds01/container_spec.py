@@ -31,6 +31,8 @@ KEEP_ALIVE = ("/bin/sh", "-c", "trap 'exit 0' TERM INT HUP; while :; do sleep 36
 
 # What would undo the allocation, or run code in root's hooks; NVIDIA's runtime reads the first two.
 _FORBIDDEN_ENV = ("NVIDIA_", "CUDA_VISIBLE_DEVICES", "LD_PRELOAD", "LD_LIBRARY_PATH")
+# Not the container's own, or the same for all of them.
+_NOT_KEPT = (WORKSPACE, "/proc", "/sys", "/dev", "/run", "/etc/ds01")
 _OWNED_LABELS = ("ds01.", "aime.mlc", "DS01_", "CUSTOM_IMAGE")
 
 
@@ -159,6 +161,57 @@ def body(
     }
     spec["Labels"]["ds01.intent"] = intent(spec)
     return spec
+
+
+def check_keep(path: str) -> str:
+    """A path whose files a new container gets from the old one, normalised. Raises Ds01Error `invalid_input`."""
+    plain = posixpath.normpath(path)
+    if not path.startswith("/") or plain in ("/", "//") or any(below(plain, root) for root in _NOT_KEPT):
+        raise invalid_input(
+            f"{path!r} cannot be kept.", f"Name absolute paths such as /home/alice; {WORKSPACE} stays in any case."
+        )
+    return plain
+
+
+def differences(made_from: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """In what a container differs from a wish: `is` and `wanted` by a name for people.
+
+    `made_from` is what the engine says that it was made from, in the form of the create call; it adds defaults of
+    its own and of the image, so only what says something in both is compared. Variables are named without values,
+    for those may be secrets. Empty where it is none of these.
+    """
+    if not made_from:
+        return {}
+    is_, wanted = _plain(made_from), _plain(spec)
+    found = {key: {"is": is_[key], "wanted": wanted[key]} for key in wanted if is_[key] != wanted[key]}
+    has = set(made_from.get("Env") or ())
+    variables = sorted(text.partition("=")[0] for text in spec["Env"] if text not in has)
+    return {**found, **({"env": {"is": "other values", "wanted": variables}} if variables else {})}
+
+
+def _plain(spec: Mapping[str, Any]) -> dict[str, Any]:
+    host, labels = spec["HostConfig"], spec.get("Labels") or {}
+    quota = host.get("CpuQuota") or 0
+    sizes = {"memory": host.get("Memory"), "shm_size": host.get("ShmSize")}
+    bindings = host.get("PortBindings") or {}
+    mounts = host.get("Mounts") or ()
+    return {
+        "image": spec.get("Image"),
+        "gpus": int(labels.get("ds01.gpus") or 0),
+        "profile": labels.get("ds01.profile") or None,
+        "user": spec.get("User"),
+        "command": list(spec.get("Cmd") or ()),
+        "max_cpus": quota / (host.get("CpuPeriod") or _CPU_PERIOD) if quota else None,
+        **{key: units.format_size(size) if size else None for key, size in sizes.items()},
+        "pids_limit": host.get("PidsLimit") or None,
+        "slice": host.get("CgroupParent"),
+        "network_mode": host.get("NetworkMode"),
+        "ports": sorted(
+            f"{b.get('HostIp') or '*'}:{b['HostPort']}:{to}" for to, all_ in bindings.items() for b in all_
+        ),
+        "mounts": sorted(f"{m['Source']}:{m['Target']}{':ro' if m.get('ReadOnly') else ''}" for m in mounts),
+        "security": list(host.get("SecurityOpt") or ()),
+    }
 
 
 def stamped(spec: Mapping[str, Any], now: datetime, devices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

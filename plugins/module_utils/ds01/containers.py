@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -38,11 +39,13 @@ from .tighten import tightened
 from .transitions import Change, Outcome, describe
 
 STATES = ("present", "started", "stopped", "restarted", "absent")
-RECREATE = ("never", "on_change", "always")
+RECREATE = ("never", "on_change", "on_update", "always")
 DEFAULT_STOP_TIMEOUT = 10
 """Seconds between asking a container to stop and killing it."""
 
 _SETTLE = 0.3
+_MANY = 2
+"""From so many containers on, one listing is asked for first."""
 _RUNNING = ("running", "restarting")  # not paused: that is no success of a start
 
 
@@ -50,7 +53,8 @@ _RUNNING = ("running", "restarting")  # not paused: that is no success of a star
 class Wish:
     """What one container should be. `request` is None where no image is named: it has to exist.
 
-    `wait` is how long to wait for devices; `reuse_held` gives up the user's own holds for them.
+    `wait` is how long to wait for devices; `reuse_held` gives up the user's own holds for them. `keep` are
+    the paths whose files a container gets from the one that it replaces.
     """
 
     state: str
@@ -60,6 +64,7 @@ class Wish:
     recreate: str = "never"
     wait: timedelta | None = None
     reuse_held: bool = False
+    keep: Sequence[str] = ()
 
 
 @dataclass
@@ -73,6 +78,8 @@ class Report:
     allocation: dict[str, Any] | None = None
     before: dict[str, Any] = field(default_factory=dict)
     after: dict[str, Any] = field(default_factory=dict)
+    drift: dict[str, Any] = field(default_factory=dict)
+    image_outdated: bool = False
     foreseen: bool = False
     error: Ds01Error | None = None
 
@@ -88,6 +95,8 @@ class Report:
             "actions": self.actions,
             "container": self.container,
             "allocation": self.allocation,
+            "drift": self.drift,
+            "image_outdated": self.image_outdated,
             "warnings": self.warnings,
         }
 
@@ -110,19 +119,19 @@ def steps(wish: Wish, status: str | None, differs: bool, finished: bool = True) 
     """What has to be done, given the engine's status (None: no container). Pure.
 
     `differs` says that the container was made from another wish; one that is not `finished` was left
-    by a request that died, before anything ran in it. Raises Ds01Error `container_missing` or
-    `container_busy`.
+    by a request that died, before anything ran in it. One that is made anew is set aside until the new
+    one is there. Raises Ds01Error `container_missing` or `container_busy`.
     """
     if wish.state == "absent":
         # A container that somebody removed by hand may have left its allocation behind.
         return ("remove", "release") if status else ("release",)
     if status == "removing":
         raise Ds01Error("container_busy", f"{wish.name.full} is being removed.", "Try again in a moment.")
-    anew = wish.recreate == "always" or (wish.recreate == "on_change" and differs)
+    anew = wish.recreate == "always" or (wish.recreate != "never" and differs)
     if status and (not finished or (wish.request and anew)):
         # Its devices first: where the new one could have none, the old one stays.
-        made = _steps_to_make(wish)
-        return tuple(step for step in ("allocate", "remove", "create", "start") if step in ("remove", *made))
+        away, made = "set_aside" if finished else "remove", _steps_to_make(wish)
+        return tuple(step for step in ("allocate", away, "create", "start") if step in (away, *made))
     if status is None:
         return _steps_to_make(wish)
     return _steps_from(wish.state, status)
@@ -156,48 +165,87 @@ class Containers:
         self._allocations = allocations
 
     def apply(self, wishes: Sequence[Wish]) -> list[Report]:
-        """Carry the wishes out, one after the other. A failure does not stop the others."""
-        return [self._alone(wish) for wish in wishes]
+        """Carry the wishes out, one after the other. A failure does not stop the others.
+
+        One look tells which containers are as wished already: nobody has to wait for those, nor lock them.
+        """
+        converged = self._converged(wishes)
+        return [converged.get(wish.name.full) or self._alone(wish) for wish in wishes]
 
     def preview(self, wishes: Sequence[Wish]) -> list[Report]:
         """What `apply` would do now; writes nothing."""
-        return [self._each(wish, self._foresee) for wish in wishes]
+        converged = self._converged(wishes)
+        return [converged.get(w.name.full) or self._each(w, self._foresee, self._engine) for w in wishes]
+
+    def _converged(self, wishes: Sequence[Wish]) -> dict[str, Report]:
+        """The reports on those with nothing left to do, by name. Only of names that stand there once: what an earlier
+        wish does is not in this look."""
+        times = Counter(wish.name.full for wish in wishes)
+        if len(times) < _MANY:
+            return {}
+        try:
+            seen, now = engine.Snapshot(self._engine), self._allocations.store.read()
+        except Ds01Error:
+            return {}  # each says so for itself
+        known = {*now.allocations, *(waiter.request.name.full for waiter in now.queue)}
+        reports = {w.name.full: self._as_it_is(w, seen, known) for w in wishes if times[w.name.full] == 1}
+        return {name: report for name, report in reports.items() if report}
+
+    def _as_it_is(self, wish: Wish, seen: engine.Snapshot, known: Collection[str]) -> Report | None:
+        """The report where nothing is left to do; None where something is, or the container is in question."""
+        if seen.container(names.set_aside(wish.name.full)):
+            return None
+        try:
+            plan = self._plan(wish, seen)
+        except Ds01Error:
+            return None
+        gone = plan.existing is None and wish.name.full not in known
+        if plan.steps and not (plan.steps == ("release",) and gone):
+            return None
+        report = _begun(wish, plan)
+        self._leave(wish, plan, report)
+        return report
 
     def _alone(self, wish: Wish) -> Report:
         """One wish, while no other request works on its container."""
         try:
             with exclusion.alone(self._allocations.paths.state / "containers.lock", wish.name.full):
-                return self._each(wish, self._carry_out)
+                self._put_back(wish.name)
+                return self._each(wish, self._carry_out, self._engine)
         except Ds01Error as exc:
             return Report(wish.name, error=exc)
 
-    def _each(self, wish: Wish, run: Callable[[Wish, _Plan, Report], None]) -> Report:
+    def _each(self, wish: Wish, run: Callable[[Wish, _Plan, Report], None], seen: _Seen) -> Report:
         report = Report(wish.name)
         try:
-            plan = self._plan(wish)
-            report.before = _state(plan.existing)
-            report.warnings.extend(plan.warnings)
+            plan = self._plan(wish, seen)
+            report = _begun(wish, plan)
             run(wish, plan, report)
         except Ds01Error as exc:
             report.error = exc
         return report
 
-    def _plan(self, wish: Wish) -> _Plan:
-        existing = self._engine.container(wish.name.full)
+    def _plan(self, wish: Wish, seen: _Seen) -> _Plan:
+        existing = seen.container(wish.name.full)
         if existing and existing.labels.get(engine.MANAGED) != "true":
             raise Ds01Error(
                 "container_foreign",
                 f"A container {existing.name} exists, but DS01 did not make it.",
                 "Rename or remove it with docker, then try again.",
             )
-        spec = self._spec(wish.request) if wish.request else None
+        if wish.state == "absent":
+            return _Plan(existing, None, steps(wish, existing.status if existing else None, differs=False))
+        image = self._image(wish.request.image, seen) if wish.request else None
+        spec = self._spec(wish.request, image) if wish.request and image else None
         differs = bool(existing and spec and existing.labels.get("ds01.intent") != spec["Labels"]["ds01.intent"])
+        outdated = bool(existing and image and not differs and existing.image_id not in ("", image.id))
         status, finished = (existing.status, self._finished(wish.name, existing)) if existing else (None, True)
-        plan = _Plan(existing, spec, steps(wish, status, differs, finished))
-        if differs and "create" not in plan.steps:
-            plan.warnings.append(
-                f"{wish.name.full} was made from another request; it stays as it is (recreate: {wish.recreate})."
-            )
+        anew = differs or (outdated and wish.recreate == "on_update")
+        plan = _Plan(existing, spec, steps(wish, status, anew, finished), outdated=outdated)
+        if differs and spec:
+            plan.drift = container_spec.differences(self._engine.made_from(wish.name.full), spec)
+        if "create" not in plan.steps:
+            plan.warnings.extend(_notices(wish, plan, differs))
         return plan
 
     def _finished(self, name: names.ContainerName, container: engine.Container) -> bool:
@@ -219,6 +267,11 @@ class Containers:
         report.container = _shown(plan.existing)
         report.foreseen = True
 
+    def _leave(self, wish: Wish, plan: _Plan, report: Report) -> None:
+        allocation = self._allocations.allocation(wish.name.full)
+        report.allocation = describe(allocation) if allocation else None
+        report.container, report.after = _shown(plan.existing), _state(plan.existing)
+
     def _would_have(self, wish: Wish, plan: _Plan) -> dict[str, Any] | None:
         outcome = self._allocations.preview([self._change(wish, plan)])[0]
         _raise_refusal(outcome)
@@ -232,8 +285,11 @@ class Containers:
                         report.actions.append(_DONE[step])
                 undo.pop_all()
         except Ds01Error:
-            report.actions = [action for action in report.actions if action not in _UNDONE]
+            undone = _UNDONE if "set_aside" in plan.steps else ("allocated", "created")
+            report.actions = [action for action in report.actions if action not in undone]
             raise
+        if "set_aside" in plan.steps:
+            self._drop_old(wish.name, report)
         container = self._engine.container(wish.name.full) if plan.steps else plan.existing
         report.container = _shown(container)
         report.after = _state(container)
@@ -270,6 +326,9 @@ class Containers:
         if has:  # the ledger counts it already
             container_id = self._make(wish.name, spec, has.devices, undo)
         self._first_start(request, account)
+        if "set_aside" in plan.steps:
+            for path in wish.keep:
+                self._engine.copy(names.set_aside(wish.name.full), wish.name.full, path)
         undo.callback(self._metadata_path(wish.name).unlink, missing_ok=True)
         metadata = container_spec.metadata(request, user_limits, container_id, self._allocations.clock())
         self._put_metadata(wish.name, metadata)
@@ -318,6 +377,42 @@ class Containers:
         self._note_devices(name)
         self._event("container.started", name)
 
+    def _set_aside(self, wish: Wish, plan: _Plan, undo: contextlib.ExitStack) -> bool:
+        """Make room for the new container, and keep the old one until that is there."""
+        name, record = wish.name, self._metadata(wish.name)
+        running = plan.existing is not None and plan.existing.status in engine.RUNNING
+        if record:
+            undo.callback(self._put_metadata, name, record)
+        if running:
+            undo.callback(self._start_again, name)
+            self._engine.stop(name.full, wish.stop_timeout)
+        self._engine.rename(name.full, names.set_aside(name.full))
+        undo.callback(self._engine.rename, names.set_aside(name.full), name.full)
+        return True
+
+    def _start_again(self, name: names.ContainerName) -> None:
+        with contextlib.suppress(Ds01Error):  # why the new one could not be made is what has to be told
+            self._engine.start(name.full)
+
+    def _drop_old(self, name: names.ContainerName, report: Report) -> None:
+        try:
+            self._engine.remove(names.set_aside(name.full))
+        except Ds01Error as exc:
+            report.warnings.append(f"The old container could not be removed; the next request does so. {exc}")
+
+    def _put_back(self, name: names.ContainerName) -> None:
+        """What a request that died had set aside: it takes its name again, unless the new one is complete."""
+        old = self._engine.container(names.set_aside(name.full))
+        if old is None or old.own or old.labels.get(engine.MANAGED) != "true":
+            return  # nothing, or a container whose own name is like that
+        new = self._engine.container(name.full)
+        if new and self._finished(name, new):
+            self._engine.remove(old.name)
+            return
+        if new:
+            self._engine.remove(name.full)
+        self._engine.rename(old.name, name.full)
+
     def _unpause(self, wish: Wish, _plan: _Plan, _undo: contextlib.ExitStack) -> bool:
         self._engine.unpause(wish.name.full)
         return True
@@ -359,21 +454,24 @@ class Containers:
         )
         self._engine.unpack(name, container_spec.first_start(request, account, defaults, image))
 
-    def _spec(self, request: ContainerRequest) -> dict[str, Any]:
+    def _image(self, name: str, seen: _Seen) -> engine.Image:
+        """The image of a request. Raises Ds01Error `image_missing` or `invalid_input`."""
+        image = seen.image(container_spec.check_image(name))
+        if image is None:
+            raise Ds01Error(
+                "image_missing",
+                f"There is no image {name} on this host.",
+                "Build or load it first (docker build, docker load); see what is there with: docker images",
+            )
+        return image
+
+    def _spec(self, request: ContainerRequest, image: engine.Image) -> dict[str, Any]:
         """The create call for a request; raises Ds01Error for whatever is wrong with it."""
         defaults = self._allocations.config.containers
-        container_spec.check_image(request.image)
         container_spec.check_env(request.env)
         container_spec.check_network(request.network_mode, defaults)
         parsed = [container_spec.parse_mount(text, defaults) for text in request.mounts]
         mounts = [workspace.check_mount(mount, defaults.allowed_mounts) for mount in parsed]
-        image = self._engine.image(request.image)
-        if image is None:
-            raise Ds01Error(
-                "image_missing",
-                f"There is no image {request.image} on this host.",
-                "Build or load it first (docker build, docker load); see what is there with: docker images",
-            )
         account = _account(request.name)
         place = self._workspace(request, account)
         workspace.check(place, account)
@@ -450,6 +548,11 @@ class _Plan:
     spec: dict[str, Any] | None
     steps: tuple[str, ...]
     warnings: list[str] = field(default_factory=list)
+    drift: dict[str, Any] = field(default_factory=dict)
+    outdated: bool = False
+
+
+_Seen = engine.Engine | engine.Snapshot
 
 
 _DONE = {
@@ -460,12 +563,44 @@ _DONE = {
     "unpause": "unpaused",
     "stop": "stopped",
     "remove": "removed",
+    "set_aside": "removed",
     "release": "released",
 }
 
 
-# What a failure of a later step takes back.
-_UNDONE = ("allocated", "created")
+# What a failure of a later step takes back, where a container was to be made anew.
+_UNDONE = ("allocated", "removed", "created", "started")
+
+
+def _notices(wish: Wish, plan: _Plan, differs: bool) -> Iterator[str]:
+    """What users should know of a container that stays as it is."""
+    if differs:
+        what = "; ".join(f"{key}: {is_} instead of {wanted}" for key, (is_, wanted) in _shown_drift(plan.drift))
+        yield (
+            f"{wish.name.full} was made from another request{f' ({what})' if what else ''}; "
+            f"it stays as it is (recreate: {wish.recreate})."
+        )
+    if plan.outdated and wish.request:
+        yield (
+            f"{wish.name.full} was made from an older image than {wish.request.image} is now; it stays as it is "
+            f"(recreate: {wish.recreate})."
+        )
+
+
+def _shown_drift(drift: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, str]]]:
+    for key, values in drift.items():
+        is_, wanted = (json.dumps(values[side]) for side in ("is", "wanted"))
+        yield key, (is_, wanted)
+
+
+def _begun(wish: Wish, plan: _Plan) -> Report:
+    return Report(
+        wish.name,
+        warnings=[*plan.warnings],
+        before=_state(plan.existing),
+        drift=plan.drift,
+        image_outdated=plan.outdated,
+    )
 
 
 def _account(name: names.ContainerName) -> names.Account:

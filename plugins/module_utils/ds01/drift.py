@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from . import units
+from . import names, units
 from .limits import Config, resolve
+from .names import ContainerName
 from .transitions import Outcome
 
 REPORTS = ("unmanaged.seen", "slice.deferred", "slice.moved")
@@ -30,6 +31,11 @@ class Action:
     message: str
     user: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def container(self) -> ContainerName:
+        """The container that this is about, as it is called: whose account is gone is not looked up anew."""
+        return ContainerName(names.split(self.subject)[0], self.user, self.subject)
 
     def record(self) -> dict[str, Any]:
         """The action as JSON (`ds01 reconcile --json`, module results)."""
@@ -104,10 +110,3 @@ def _over(box: Box, config: Config, now: datetime) -> str:
 
 def _is_younger(since: datetime | None, than: timedelta, now: datetime) -> bool:
     return since is not None and now - since < than
-
-
-def unmanaged(occupied: Mapping[str, str], ids: Mapping[str, str]) -> Iterator[Action]:
-    """Who uses devices without DS01: `occupied` by device UUID, `ids` names the devices (`0:1`)."""
-    for uuid, who in sorted(occupied.items(), key=lambda item: ids.get(item[0], item[0])):
-        device = ids.get(uuid, uuid)
-        yield Action("unmanaged.seen", device, f"Device {device} is used without DS01 by {who}.", details={"by": who})

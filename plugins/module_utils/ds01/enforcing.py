@@ -47,7 +47,7 @@ def look(ds01: Allocations, settled: Settled) -> Round:
 def carry_out(ds01: Allocations, action: Action) -> None:
     """One warning or stop, with its event. Raises Ds01Error where a container could not be stopped."""
     if action.kind == "policy.stopped":
-        wish = Wish("stopped", ds01.name(action.subject, action.user), stop_timeout=int(action.details["stop_timeout"]))
+        wish = Wish("stopped", action.container, stop_timeout=int(action.details["stop_timeout"]))
         (report,) = Containers(ds01).apply([wish])
         if report.error:
             raise report.error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import posixpath
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ _NEVER = "0001-01-01"
 class Container:
     """One container as the engine shows it. `status`: created, running, paused, restarting,
     removing, exited or dead; `finished_at` is None until it first stopped; `command` is its entry
-    point and command, where it was inspected alone; `workspace` the host's directory at /workspace."""
+    point and command, where it was inspected alone; `workspace` the host's directory at /workspace;
+    `image_id` the image that it was made from, whatever `image` names by now."""
 
     id: str
     name: str
@@ -38,6 +40,7 @@ class Container:
     finished_at: datetime | None = None
     command: tuple[str, ...] = ()
     workspace: str = ""
+    image_id: str = ""
 
     @property
     def user(self) -> str:
@@ -118,7 +121,17 @@ class Engine:
             labels=raw["Config"].get("Labels") or {},
             command=(*(raw["Config"].get("Entrypoint") or ()), *(raw["Config"].get("Cmd") or ())),
             finished_at=None if finished.startswith(_NEVER) else units.parse_time(finished),
+            image_id=raw["Image"],
         )
+
+    def made_from(self, name: str) -> Mapping[str, Any]:
+        """What a container was made from, in the form of the create call; empty where it is gone."""
+        try:
+            with _errors(f"inspect {name}"):
+                raw = self._client.inspect_container(name)
+        except _NotFoundError:
+            return {}
+        return {**raw["Config"], "HostConfig": raw["HostConfig"]}
 
     def image(self, name: str) -> Image | None:
         """A local image, or None: DS01 never pulls."""
@@ -146,6 +159,28 @@ class Engine:
     def start(self, name: str) -> None:
         with _errors(f"start {name}"):
             self._client.start(name)
+
+    def rename(self, name: str, new: str) -> None:
+        with _errors(f"rename {name}"):
+            self._client.rename(name, new)
+
+    def copy(self, source: str, target: str, path: str) -> bool:
+        """Copy a file or directory from one container to another, over what is there; False where there is none.
+
+        Raises Ds01Error `invalid_input` where the target does not have the directory that it is in.
+        """
+        try:
+            with _errors(f"read {path} of {source}"):
+                stream, _ = self._client.get_archive(source, path)
+        except _NotFoundError:
+            return False
+        parent = posixpath.dirname(path)
+        try:
+            with _errors(f"write {path} into {target}"):
+                self._client.put_archive(target, parent, stream)
+        except _NotFoundError:
+            raise Ds01Error("invalid_input", f"The new image has no directory {parent} for {path}.") from None
+        return True
 
     def restart(self, name: str, timeout: int) -> None:
         """Stop and start; the engine resolves the container's CDI device anew."""
@@ -226,6 +261,25 @@ class Engine:
             self._client.put_archive(name, "/", archive)
 
 
+class Snapshot:
+    """What an engine had at one moment, from one listing, and its images, each asked for once: for many questions."""
+
+    def __init__(self, engine: Engine) -> None:
+        listing = engine.listing()
+        self._containers = {c.name: c for c in (*listing.ours, *listing.others)}
+        self._images: dict[str, Image | None] = {}
+        self._engine = engine
+
+    def container(self, name: str) -> Container | None:
+        """One container, without what a listing does not tell: when it stopped, and its command."""
+        return self._containers.get(name)
+
+    def image(self, name: str) -> Image | None:
+        if name not in self._images:
+            self._images[name] = self._engine.image(name)
+        return self._images[name]
+
+
 def _managed(raw: Mapping[str, Any]) -> bool:
     return (raw.get("Labels") or {}).get(MANAGED) == "true"
 
@@ -234,7 +288,12 @@ def _listed(raw: Mapping[str, Any]) -> Container:
     """One entry of a list. A container loses its name a moment before it is gone: its id stands for it."""
     name = raw["Names"][0].lstrip("/") if raw.get("Names") else raw["Id"][:12]
     workspace = next((m["Source"] for m in raw.get("Mounts") or () if m.get("Destination") == WORKSPACE), "")
-    return Container(raw["Id"], name, raw["State"], raw["Image"], raw.get("Labels") or {}, workspace=workspace)
+    labels = raw.get("Labels") or {}
+    # Once the name stands for another image, the engine lists the old one's id in its place.
+    image = (labels.get("ds01.image") if _managed(raw) else "") or raw["Image"]
+    return Container(
+        raw["Id"], name, raw["State"], image, labels, workspace=workspace, image_id=raw.get("ImageID") or ""
+    )
 
 
 def _single_member(data: bytes) -> bytes | None:

@@ -44,12 +44,24 @@ def due(
                 yield outcome
 
 
+def ends(now: Ledger, config: Config) -> dict[str, datetime]:
+    """When each allocation whose container does not run is over, by container; one without an end is absent."""
+    found = ((a.container, _pending_end(a, config) or hold_end(a, config)) for a in now.allocations.values())
+    return {container: end for container, end in found if end is not None}
+
+
+def _pending_end(allocation: Allocation, config: Config) -> datetime | None:
+    """Until when a grant waits for its container to be started."""
+    since, timeout = allocation.pending_since, config.policies.pending_timeout
+    return None if since is None or timeout is None else since + timeout
+
+
 def _due(allocation: Allocation, config: Config, seen: Mapping[str, Seen] | None, time: datetime) -> Outcome | None:
     container = (seen or {}).get(allocation.container)
     if container and container.running:
         return _runs(allocation, container) if allocation.status != "active" else None
     if allocation.pending_since is not None:
-        return _pending(allocation, allocation.pending_since, container, config, time)
+        return _pending(allocation, container, config, time)
     if seen is not None and container is None and allocation.container_id:
         return _over(allocation, "its container was removed")
     if allocation.status == "active":
@@ -59,11 +71,9 @@ def _due(allocation: Allocation, config: Config, seen: Mapping[str, Seen] | None
     return _over(allocation, f"its hold ended at {units.format_time(end)}") if end and end <= time else None
 
 
-def _pending(
-    allocation: Allocation, since: datetime, container: Seen | None, config: Config, time: datetime
-) -> Outcome | None:
-    timeout = config.policies.pending_timeout
-    if timeout is None or time - since < timeout:
+def _pending(allocation: Allocation, container: Seen | None, config: Config, time: datetime) -> Outcome | None:
+    end = _pending_end(allocation, config)
+    if end is None or time < end:
         return None
     if container is None:
         return _over(allocation, "its container was never made")

@@ -26,13 +26,15 @@ DISTRUST = 3600.0
 @dataclass(frozen=True)
 class Memory:
     """`offset` is the clock less the time since boot, `distrust_until` a time since boot (seconds, both);
-    `unmanaged` says who used which device without DS01, `notices` what stands in the containers' workspaces."""
+    `unmanaged` says who used which device without DS01, `asked` which processes were asked to end for it (when each
+    began, by its number), `notices` what stands in the containers' workspaces."""
 
     boot_id: str = ""
     offset: float | None = None
     distrust_until: float = 0.0
     unmanaged: Mapping[str, str] = field(default_factory=dict)
     notices: Mapping[str, str] = field(default_factory=dict)
+    asked: Mapping[str, int] = field(default_factory=dict)
 
     def at(self, boot_id: str, now: datetime, since_boot: float) -> Memory:
         """The memory once the clock was read: whether it was set since the run before."""
@@ -53,10 +55,18 @@ def since_boot() -> float:
 
 
 def read(path: Path) -> Memory:
-    """What the last run left; nothing where that cannot be read."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return Memory(**json.loads(path.read_bytes()))
+    """What the last run left; nothing where that cannot be read, or is not what one writes."""
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
+        found = Memory(**json.loads(path.read_bytes()))
+        if _is_whole(found):
+            return found
     return Memory()
+
+
+def _is_whole(found: Memory) -> bool:
+    numbers = all(isinstance(value, (int, float)) for value in (found.offset or 0, found.distrust_until))
+    texts = (found.unmanaged, found.notices, found.asked)
+    return numbers and isinstance(found.boot_id, str) and all(isinstance(value, dict) for value in texts)
 
 
 def write(path: Path, memory: Memory) -> None:

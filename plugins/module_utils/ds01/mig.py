@@ -78,6 +78,15 @@ class Table:
         """How many memory slices the GPU has."""
         return max((start + p.size for p in self.profiles for start in p.starts), default=0)
 
+    @cached_property
+    def slices(self) -> int:
+        """How many compute slices the GPU has."""
+        return max((p.slices for p in self.profiles), default=0)
+
+    def is_whole(self, profile: str) -> bool:
+        """Whether an instance of this profile has all compute slices."""
+        return self.by_name[profile].slices == self.slices
+
 
 @dataclass(frozen=True)
 class Holder:

@@ -20,7 +20,7 @@ _INSTANCES = {
     "status": "State",
     "user": "User",
     "container": "Container",
-    "until": "Held until",
+    "until": "Until",
 }
 _SIGNS = {mig.CREATE: "+", mig.DESTROY: "-", mig.ENABLE: "+", mig.DISABLE: "-"}
 
@@ -86,7 +86,8 @@ def plan_text(planned: Planned) -> str:
     by_index = {gpu.index: gpu for gpu in planned.host.gpus}
     parts = ["\n".join(_plan_lines(by_index[plan.gpu], plan)) for plan in planned.plans]
     meanwhile = [f"stopped meanwhile: {', '.join(planned.services)}"] if planned.services else []
-    return "\n\n".join([*parts, *meanwhile, *(f"also put right: {repair}" for repair in planned.repairs)])
+    over = [f"given back: {container}: {why}" for container, why in planned.given_back.items()]
+    return "\n\n".join([*parts, *meanwhile, *over, *(f"also put right: {repair}" for repair in planned.repairs)])
 
 
 def _plan_lines(gpu: GpuState, plan: Plan) -> Iterator[str]:

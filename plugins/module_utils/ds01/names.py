@@ -176,6 +176,11 @@ def group_dropin_dir(group: str) -> str:
     return f"ds01-{escape_slice_part(group)}-.slice.d"
 
 
+def set_aside(container: str) -> str:
+    """What a container is called while another one takes its place."""
+    return f"replaced.{container}"
+
+
 def cdi_device(container: str) -> str:
     """The CDI device that a container asks for."""
     return f"ds01.io/gpu={container}"

@@ -120,6 +120,13 @@ class Nvml:
             found.update({d.uuid: instance for instance, inside in its.items() for d in inside})
         return found
 
+    def capabilities(self, inventory: Inventory) -> dict[str, int]:
+        """MIG device UUID -> the number of its GPU instance's node in /dev/nvidia-caps (MIG User Guide, "Device
+        Nodes and Capabilities": 135 to a GPU, 9 to a GPU instance, from 3 on)."""
+        minors = {gpu.uuid: gpu.minor for gpu in inventory.gpus}
+        gpus = {device.uuid: device.gpu_uuid for device in inventory.devices}
+        return {uuid: 3 + 135 * minors[gpus[uuid]] + 9 * gi for uuid, gi in self.instances(inventory).items()}
+
     def uses(self, inventory: Inventory) -> dict[str, policies.DeviceUse]:
         """Device UUID -> how it is used now; a device that could not be read is absent."""
         found = {}

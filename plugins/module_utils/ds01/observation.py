@@ -25,13 +25,19 @@ _NOT_RESTORED = "it was not cut again since this host started; ds01 restore does
 @dataclass(frozen=True)
 class Observation:
     """`seen` are DS01's containers by name, None where no engine was asked; `occupied` says who uses
-    a device (by UUID) without DS01; `engine_id` names the engine."""
+    a device (by UUID) without DS01; `engine_id` names the engine.
+
+    `others` are the containers outside DS01, `uses` what those of them that run were promised (and DS01's own that
+    run without an allocation), `processes` the pids on each device by UUID, whosever they are."""
 
     inventory: Inventory = _NO_GPUS
     containers: Sequence[engine.Container] = ()
     seen: Mapping[str, Seen] | None = None
     occupied: Mapping[str, str] = field(default_factory=dict)
     engine_id: str = ""
+    others: Sequence[engine.Container] = ()
+    uses: Sequence[GpuUse] = ()
+    processes: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
     def running(self) -> frozenset[str]:
@@ -70,7 +76,8 @@ class Observer:
         those outside DS01 that may see GPUs without using them."""
         listing = self._engine().listing()
         seen = {c.name: self._seen(c, now, c.name in stopping) for c in listing.ours}
-        found = Observation(containers=listing.ours, seen=seen, engine_id=self._identity(now, seen))
+        identity = self._identity(now, seen)
+        found = Observation(containers=listing.ours, seen=seen, engine_id=identity, others=listing.others)
         if driver is None:
             return found
         foreign = [c for c in listing.others if c.status in engine.RUNNING and c.name not in harmless]
@@ -84,8 +91,10 @@ class Observer:
 
     def _with_devices(self, driver: nvml.Nvml, seen: Observation, uses: Sequence[GpuUse]) -> Observation:
         inventory = _marked(driver.inventory(), self._outdated())
-        occupied = occupancy.occupied(inventory, uses, driver.processes(inventory), processes.describe)
-        return replace(seen, inventory=inventory, occupied=occupied)
+        uses = _as_opened(uses, inventory, driver)
+        running = driver.processes(inventory)
+        occupied = occupancy.occupied(inventory, uses, running, processes.describe)
+        return replace(seen, inventory=inventory, occupied=occupied, uses=uses, processes=running)
 
     def _seen(self, container: engine.Container, now: Ledger, stopping: bool) -> Seen:
         """One container; when it stopped is asked for only where the ledger does not know it."""
@@ -119,7 +128,20 @@ class Observer:
     def _leftover(self, container: engine.Container) -> GpuUse:
         """One of DS01's that runs without an allocation: it has what it was last given."""
         devices = claims.devices_in_use(container, self._metadata, self._projected)
-        return GpuUse(container.name, names=tuple(d.uuid for d in devices), how="without an allocation")
+        return GpuUse(
+            container.name, names=tuple(d.uuid for d in devices), how="without an allocation", id=container.id
+        )
+
+
+def _as_opened(uses: Sequence[GpuUse], inventory: Inventory, driver: nvml.Nvml) -> Sequence[GpuUse]:
+    """The uses, where a MIG index stands for the device that was called so when the container started."""
+    if not any(map(occupancy.by_mig_index, uses)):
+        return uses
+    numbers = driver.capabilities(inventory)
+    return [
+        occupancy.as_opened(use, processes.capabilities(use.pid), numbers) if occupancy.by_mig_index(use) else use
+        for use in uses
+    ]
 
 
 def _is_loose(container: engine.Container, now: Ledger) -> bool:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .model import Device, Inventory
@@ -24,6 +24,7 @@ _VENDORS = ("nvidia.com", "ds01.io")
 _KINDS = ("nvidia.com/gpu", "runtime.nvidia.com/gpu")
 _NONE = ("", "none", "void")
 _ID = re.compile(r"[0-9]{1,4}([:.][0-9]{1,4})?|(GPU|MIG)-[0-9A-Z-]+", re.IGNORECASE)
+_MIG_INDEX = re.compile(r"\d+:\d+")
 _NODE = re.compile(r"/dev/nvidia([0-9]{1,4})")
 _MOST_SHOWN = 100
 
@@ -32,9 +33,10 @@ _MOST_SHOWN = 100
 class GpuUse:
     """The GPUs that one container was promised: the union of all that follows.
 
-    `names` are ids (`0`, `0:1`) and UUIDs, `minors` those of device nodes. `first` = N stands for the
-    GPUs with NVML indices 0 to N-1: that is what Docker's NVIDIA driver makes of a count, whatever is
-    free (moby, daemon/nvidia_linux.go, countToDevices). `how` says it in the words of a command line.
+    `container` is its name, `id` the engine's, `pid` its first process. `names` are ids (`0`, `0:1`) and UUIDs,
+    `minors` those of device nodes. `first` = N stands for the GPUs with NVML indices 0 to N-1: that is what
+    Docker's NVIDIA driver makes of a count, whatever is free (moby, daemon/nvidia_linux.go, countToDevices).
+    `how` says it in the words of a command line.
     """
 
     container: str
@@ -43,6 +45,22 @@ class GpuUse:
     minors: tuple[int, ...] = ()
     first: int = 0
     how: str = ""
+    pid: int = 0
+    id: str = ""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A process that computes on a device. `who` says it in a phrase, `user` is its owner's login, `unit` what systemd
+    runs it in, `container_id` the container that its cgroup belongs to (empty: none). `started` tells it from a
+    later one of its number; None: it is gone, or not to be seen from here."""
+
+    pid: int
+    who: str
+    user: str = ""
+    unit: str = ""
+    container_id: str = ""
+    started: int | None = None
 
 
 def gpu_use(inspected: Mapping[str, Any]) -> GpuUse | None:
@@ -55,7 +73,28 @@ def gpu_use(inspected: Mapping[str, Any]) -> GpuUse | None:
     # counts. CDI leaves that to the specification, which cannot be seen from here.
     if not any(_is_nvidia(request) and _requested(request) for request in requests):
         parts.append(_environment(host, inspected.get("Config") or {}))
-    return _union(inspected["Name"].lstrip("/"), [part for part in parts if part], bool(host.get("Privileged")))
+    use = _union(inspected["Name"].lstrip("/"), [part for part in parts if part], bool(host.get("Privileged")))
+    pid = (inspected.get("State") or {}).get("Pid") or 0
+    return replace(use, id=inspected.get("Id") or "", pid=pid) if use else None
+
+
+def by_mig_index(use: GpuUse) -> bool:
+    """Whether it was promised a MIG device by its index (`0:1`), which is another device's as soon as the GPU is
+    cut anew; what it has is what it was given at its start."""
+    return any(_MIG_INDEX.fullmatch(name) for name in use.names)
+
+
+def as_opened(use: GpuUse, opened: Collection[int] | None, numbers: Mapping[str, int]) -> GpuUse:
+    """The use with the MIG devices that the container has in place of indices.
+
+    `opened` are the capability nodes in it (None: nobody can tell; then it counts for the whole GPU), `numbers`
+    those of the MIG devices' GPU instances, by UUID.
+    """
+    lasting = [name for name in use.names if not _MIG_INDEX.fullmatch(name)]
+    if opened is None:
+        gpus = dict.fromkeys(name.partition(":")[0] for name in use.names if _MIG_INDEX.fullmatch(name))
+        return replace(use, names=(*lasting, *gpus))
+    return replace(use, names=(*lasting, *(uuid for uuid, number in numbers.items() if number in opened)))
 
 
 def occupied(
@@ -73,12 +112,12 @@ def occupied(
     minors = {gpu.uuid: gpu.minor for gpu in inventory.gpus}
     found = {}
     for device in inventory.devices:
-        users = [use for use in uses if _covers(use, device, minors.get(device.gpu_uuid))]
+        users = [use for use in uses if covers(use, device, minors.get(device.gpu_uuid))]
         pids = processes.get(device.uuid, ())
         if users:  # the processes are most likely theirs
-            found[device.uuid] = _and_more(f"container {users[0].container} ({users[0].how})", len(users))
+            found[device.uuid] = and_more(in_words(users[0]), len(users))
         elif pids:
-            found[device.uuid] = _and_more(describe(pids[0]), len(pids))
+            found[device.uuid] = and_more(describe(pids[0]), len(pids))
     return found
 
 
@@ -184,11 +223,18 @@ def _shown(text: str) -> str:
     return printable if len(printable) <= _MOST_SHOWN else f"{printable[:_MOST_SHOWN]}..."
 
 
-def _covers(use: GpuUse, device: Device, minor: int | None) -> bool:
+def covers(use: GpuUse, device: Device, minor: int | None) -> bool:
+    """Whether the container may use this device, whose GPU's node has that minor number."""
     gpu = device.index[0]
     names = {str(gpu), device.id, device.gpu_uuid.lower(), device.uuid.lower()}
     return use.everything or gpu < use.first or minor in use.minors or any(name.lower() in names for name in use.names)
 
 
-def _and_more(phrase: str, count: int) -> str:
+def in_words(use: GpuUse) -> str:
+    """`container trainer (--gpus all)`."""
+    return f"container {use.container} ({use.how})"
+
+
+def and_more(phrase: str, count: int) -> str:
+    """The first of so many, and how many more there are."""
     return f"{phrase} and {count - 1} more" if count > 1 else phrase

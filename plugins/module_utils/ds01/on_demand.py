@@ -81,7 +81,7 @@ def _may_cut(gpu: GpuState, profile: str, limits: Limits, situation: placement.S
     nor where a reservation means one of its MIG devices, which another cut would call otherwise, or a
     device of an allocation is missing, which belongs there."""
     probe = _probe(gpu, profile)
-    if profile not in gpu.table.by_name or gpu.uuid in situation.kept:
+    if not placement.may_become(gpu, profile, limits) or gpu.uuid in situation.kept:
         return False
     here = [d for d in situation.inventory.devices if d.gpu_uuid == gpu.uuid]
     named = {name for d in here for name in (d.id, d.uuid)}
@@ -130,7 +130,7 @@ def _instance(gpu: GpuState, profile: str, start: int) -> Instance:
 
 def _device(gpu: GpuState, instance: Instance) -> Device:
     profile = gpu.table.by_name[instance.profile]
-    share = Fraction(profile.slices, max(p.slices for p in gpu.table.profiles))
+    share = Fraction(profile.slices, gpu.table.slices)
     return Device(
         id=f"{gpu.index}:{NEW}",
         uuid=instance.uuid,

@@ -9,13 +9,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import config, geometry, layouts, mig, nvml, records, units
+from . import config, geometry, layouts, lifecycle, mig, nvml, records, units
 from .errors import Ds01Error, invalid_input
 from .limits import GpuPolicy
 from .mig import Cut, GpuState, Holder, Instance, Placed, Plan, Step
 from .model import Allocation, Device, Inventory, Ledger
 from .observation import Observation
-from .transitions import STOP_HINT, hold_ends, resolved
+from .transitions import STOP_HINT, Outcome, resolved
 
 if TYPE_CHECKING:
     from .allocations import Allocations
@@ -60,7 +60,7 @@ def look(allocations: Allocations, *, strict: bool = True) -> Host:
 def host(allocations: Allocations, driver: nvml.Nvml, ledger: Ledger, seen: Observation) -> Host:
     """The host as this look shows it, with the ledger's devices as they are called now."""
     now = resolved(ledger, seen.inventory)
-    who = _Holders(now, hold_ends(now, allocations.config), seen.occupied)
+    who = _Holders(now, lifecycle.ends(now, allocations.config), seen.occupied)
     gpus = tuple(_held(gpu, seen.inventory, who) for gpu in driver.layout(seen.inventory))
     return Host(gpus, seen.inventory, now, seen.running)
 
@@ -195,6 +195,7 @@ class Planned:
 
     `services` are stopped meanwhile; `repairs` say what else is not as it should be and will be put right;
     `warnings` what was asked for and means nothing.
+    `over` are allocations that are over anyway, and that `host` is without.
     """
 
     host: Host
@@ -203,6 +204,7 @@ class Planned:
     services: tuple[str, ...] = ()
     repairs: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    over: tuple[Outcome, ...] = ()
 
     @property
     def changed(self) -> bool:
@@ -219,6 +221,12 @@ class Planned:
         return tuple(sorted({h.container for p in self.plans for i in p.broken for h in i.holders}))
 
     @property
+    def given_back(self) -> Mapping[str, str]:
+        """The containers that lose devices because their allocation is over, and why. Where nothing changes,
+        that is left to the next request."""
+        return {outcome.name.full: outcome.message for outcome in self.over if self.changed}
+
+    @property
     def switched(self) -> tuple[GpuState, ...]:
         """The GPUs whose MIG mode changes."""
         return tuple(gpu for gpu in self.host.gpus for p in self.plans if p.gpu == gpu.index and p.switches)
@@ -231,6 +239,7 @@ class Planned:
             "devices": [records.device_record(d) for d in self.host.inventory.devices],
             "services": list(self.services),
             "released": list(self.released),
+            "given_back": list(self.given_back),
             "repairs": list(self.repairs),
             "warnings": list(self.warnings) if self.recuts else [],
             "msg": self.summary(),

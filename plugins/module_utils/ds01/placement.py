@@ -103,9 +103,15 @@ def _profile_allowed(wish: str, limits: Limits, situation: Situation, count: int
             "Ask for a MIG profile, or an admin to set allow_full_gpu.",
         )
     devices = situation.inventory.devices
-    if wish == ANY and not limits.allow_full_gpu and devices and all(d.is_full for d in devices):
+    if wish == ANY and not limits.allow_full_gpu and devices and all(is_whole(d, situation) for d in devices):
         return _profile_allowed(FULL, limits, situation)
-    there = sum(_fits(d, wish, limits) for d in devices)
+    if not limits.allow_full_gpu and _stands_for_whole(wish, situation):
+        return Refusal(
+            "full_gpu_not_allowed",
+            f"{limits.user} ({limits.group}) may not have a whole GPU, and a {wish} device is all of one.",
+            "Ask for a smaller MIG profile, or an admin to set allow_full_gpu.",
+        )
+    there = sum(_fits(d, wish, limits, situation) for d in devices)
     if there < count and _attainable(wish, limits, situation) < count:
         profiles = sorted({d.profile for d in devices})
         return Refusal(
@@ -118,9 +124,9 @@ def _profile_allowed(wish: str, limits: Limits, situation: Situation, count: int
 
 def _attainable(wish: str, limits: Limits, situation: Situation) -> int:
     """How many such devices the host could have, were every GPU that may be cut cut into nothing else."""
-    there = Counter(d.gpu_uuid for d in situation.inventory.devices if _fits(d, wish, limits))
+    there = Counter(d.gpu_uuid for d in situation.inventory.devices if _fits(d, wish, limits, situation))
     for gpu in situation.cuttable:
-        if wish in gpu.table.by_name:
+        if may_become(gpu, wish, limits):
             there[gpu.uuid] = max(there[gpu.uuid], gpu.table.by_name[wish].most)
     return there.total()
 
@@ -145,7 +151,7 @@ def _count_allowed(request: Request, limits: Limits, situation: Situation) -> Re
 
 
 def _choose(request: Request, wish: str, limits: Limits, situation: Situation) -> Grant | Refusal:
-    fitting = [d for d in situation.inventory.devices if _fits(d, wish, limits)]
+    fitting = [d for d in situation.inventory.devices if _fits(d, wish, limits, situation)]
     seen = [(device, obstacle(device, limits, situation)) for device in fitting]
     open_ = [device for device, problem in seen if not problem]
     if len(open_) < request.gpus:
@@ -181,14 +187,32 @@ def bookings(device: Device, limits: Limits, situation: Situation) -> list[Reser
 def candidates(request: Request, limits: Limits, situation: Situation) -> list[Device]:
     """The devices that this request could be given now, be they enough or not."""
     wish = wanted_profile(request, situation)
-    fitting = (d for d in situation.inventory.devices if _fits(d, wish, limits))
+    fitting = (d for d in situation.inventory.devices if _fits(d, wish, limits, situation))
     return [d for d in fitting if not obstacle(d, limits, situation)]
 
 
-def _fits(device: Device, wish: str, limits: Limits) -> bool:
-    if wish == ANY:
-        return limits.allow_full_gpu or not device.is_full
-    return device.profile == wish
+def is_whole(device: Device, situation: Situation) -> bool:
+    """Whether the device counts as a whole GPU. Where GPUs are cut for who asks, a MIG device with all
+    compute slices does, too: it is there because somebody asked, not because an admin divides GPUs so."""
+    return device.is_full or (situation.policy.mig_strategy == "dynamic" and device.equivalents == 1)
+
+
+def _stands_for_whole(wish: str, situation: Situation) -> bool:
+    """Whether all that this profile is, or could be cut into, counts as a whole GPU."""
+    there = [is_whole(d, situation) for d in situation.inventory.devices if d.profile == wish]
+    there += [gpu.table.is_whole(wish) for gpu in situation.cuttable if wish in gpu.table.by_name]
+    return bool(there) and all(there)
+
+
+def may_become(gpu: GpuState, profile: str, limits: Limits) -> bool:
+    """Whether the user may have this GPU cut into that profile at all."""
+    return profile in gpu.table.by_name and (limits.allow_full_gpu or not gpu.table.is_whole(profile))
+
+
+def _fits(device: Device, wish: str, limits: Limits, situation: Situation) -> bool:
+    if not limits.allow_full_gpu and is_whole(device, situation):
+        return False
+    return wish in (ANY, device.profile)
 
 
 def _pick(count: int, open_: Iterable[Device], limits: Limits, situation: Situation) -> list[Device]:

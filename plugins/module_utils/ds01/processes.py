@@ -6,14 +6,19 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import re
+import signal
 import stat
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from .model import Process
+from .occupancy import Program
 
 _PROC = Path("/proc")
+_CONTAINER = re.compile(r"(?:docker-)?([0-9a-f]{64})(?:\.scope)?")
+"""A container's cgroup, with Docker's systemd driver and the other."""
 _HEAD = 4096
 """Bytes of /proc/PID/status that are read: name and uids stand in its first lines."""
 
@@ -40,6 +45,26 @@ def describe(pid: int) -> str:
     return str(Client(pid, *_owner(pid)))
 
 
+def program(pid: int) -> Program:
+    """A process, with what it belongs to; only its number of one that is gone or not to be seen from here."""
+    began, client = started(pid), Client(pid, *_owner(pid), _unit(pid))
+    container = next((found[1] for part in _cgroup(pid) if (found := _CONTAINER.fullmatch(part))), "")
+    return Program(pid, str(client), client.user, client.unit, container, began if client.name else None)
+
+
+def ask_to_end(pid: int, began: int) -> bool:
+    """Send SIGTERM to the process that began then; False where it is gone, or somebody else's."""
+    with contextlib.suppress(OSError):
+        process = os.pidfd_open(pid)
+        try:
+            if started(pid) == began:  # asked after the process is held: from here on its number stays its own
+                signal.pidfd_send_signal(process, signal.SIGTERM)
+                return True
+        finally:
+            os.close(process)
+    return False
+
+
 def holders(nodes: Collection[Path]) -> list[Client]:
     """Every other process that has one of these device nodes open, under whatever name; by pid.
 
@@ -52,6 +77,21 @@ def holders(nodes: Collection[Path]) -> list[Client]:
         if pid != os.getpid() and any(_number(fd) in wanted for fd in _open_devices(pid, names)):
             found.append(Client(pid, *_owner(pid), _unit(pid)))
     return found
+
+
+def capabilities(pid: int) -> tuple[int, ...] | None:
+    """The numbers of the nodes in /dev/nvidia-caps that a process sees in its own root; None where that cannot
+    be told. Only root can look into a container."""
+    dev = _PROC / str(pid) / "root" / "dev"
+    try:
+        if not pid or not dev.is_dir():
+            return None
+        nodes = [node.lstat() for node in (dev / "nvidia-caps").iterdir()]
+    except FileNotFoundError:
+        return ()
+    except OSError:
+        return None
+    return tuple(sorted(os.minor(node.st_rdev) for node in nodes if stat.S_ISCHR(node.st_mode)))
 
 
 def lives(process: Process) -> bool:
@@ -128,18 +168,21 @@ def _owner(pid: int) -> tuple[str, str]:
 def _unit(pid: int) -> str:
     """The unit of the host's systemd: the first in the process's path, for a user's own systemd, and one in
     a container, have theirs below it."""
+    return _printable(next((part for part in _cgroup(pid) if part.endswith((".service", ".scope"))), ""))
+
+
+def _cgroup(pid: int) -> list[str]:
+    """The parts of the process's path in systemd's hierarchy, from the root on."""
     try:
         lines = (_PROC / str(pid) / "cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return ""
+        return []
+    paths = {}
     for line in lines:
         _, _, place = line.partition(":")
         controllers, _, path = place.partition(":")
-        if controllers in ("", "name=systemd"):  # cgroup v2, and v1
-            units = (part for part in path.split("/") if part.endswith((".service", ".scope")))
-            if unit := next(units, ""):
-                return _printable(unit)
-    return ""
+        paths[controllers] = path.split("/")
+    return [*paths.get("", ()), *paths.get("name=systemd", ())]  # cgroup v2, and v1
 
 
 def _printable(text: str) -> str:

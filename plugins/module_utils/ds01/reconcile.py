@@ -7,11 +7,12 @@ cannot do its work says why, and the others go on.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import (
+    accounts,
     claims,
     drift,
     enforcing,
@@ -23,6 +24,8 @@ from . import (
     processes,
     publishing,
     slices,
+    strangers,
+    telling,
     watchdog,
 )
 from .allocations import Allocations, Settled
@@ -30,9 +33,13 @@ from .containers import Containers
 from .drift import Action, Box
 from .errors import Ds01Error
 from .memory import Memory
+from .strangers import Stranger
 
 DEADLINE = 300.0
 """Seconds. A driver that hangs answers no call, and lets none be given up: then the process ends."""
+
+_UNMANAGED_GRACE = 30
+"""Seconds that a container outside DS01 has to end by itself."""
 
 _LOCK_WAIT = 0.0
 """Seconds: a second run does not wait for the first, which does its work."""
@@ -103,7 +110,7 @@ def reconcile(ds01: Allocations) -> Reconciled:
         with run.stage("allocations"):
             settled = ds01.settle()
             run.actions += _of_settled(settled)
-            now = replace(now, unmanaged=_report_unmanaged(ds01, run.actions, known.unmanaged))
+            now = _meet_strangers(ds01, settled, now, run)
         with run.stage("containers"):
             _remove(ds01, _overdue(ds01, now), run)
         with run.stage("policies"):
@@ -112,7 +119,8 @@ def reconcile(ds01: Allocations) -> Reconciled:
         with run.stage("slices"):
             _set_slices(ds01, run)
         if now != known:
-            memory.write(ds01.paths.memory, now)
+            with run.stage("memory"):
+                memory.write(ds01.paths.memory, now)
         ds01.events.rotate(ds01.config.events.rotate_at, ds01.config.events.keep)
         with run.stage("metrics"):
             _publish(ds01, run, memory.since_boot() - began)
@@ -127,7 +135,9 @@ def foresee(ds01: Allocations) -> Reconciled:
     run.actions += map(drift.of_service, pausing.left(ds01.paths.paused_services))
     with run.stage("allocations"):
         settled = ds01.foresee_settle()
-        run.actions += _of_settled(settled)
+        found = _strangers(ds01, settled)
+        run.actions += [*_of_settled(settled), *strangers.seen(found, settled.seen.inventory, settled.ledger)]
+        run.actions += _unmanaged_to_stop(ds01, settled, found, now.asked)
         run.actions += enforcing.foresee(ds01, settled)
     with run.stage("containers"):
         run.actions += _overdue(ds01, now)
@@ -160,17 +170,73 @@ def _of_settled(settled: Settled) -> Iterator[Action]:
     for container in settled.mended:
         allocation = settled.ledger.allocations.get(container)
         yield drift.of_projection(container, allocation.user if allocation else "")
-    ids = {device.uuid: device.id for device in settled.seen.inventory.devices}
-    yield from drift.unmanaged(settled.seen.occupied, ids)
 
 
-def _report_unmanaged(ds01: Allocations, actions: Iterable[Action], known: Mapping[str, str]) -> dict[str, str]:
-    """An event for everybody who uses a device without DS01 and did not at the last run; who does now."""
-    found = {a.subject: a for a in actions if a.kind == "unmanaged.seen"}
-    for device, action in found.items():
-        if known.get(device) != action.details["by"]:
-            ds01.events.write(action.kind, ds01.clock(), device=device, message=action.message)
-    return {device: action.details["by"] for device, action in found.items()}
+# --- use without DS01
+
+
+def _strangers(ds01: Allocations, settled: Settled) -> Sequence[Stranger]:
+    seen, policies = settled.seen, ds01.config.policies
+    pids = {pid for pids in seen.processes.values() for pid in pids}
+    around = strangers.Surroundings(
+        own={container.id for container in seen.containers if container.own},
+        outside={c.id: c.name for c in (*seen.containers, *seen.others) if not c.own},
+        harmless=policies.monitoring_containers,
+        services=policies.mig_services,
+    )
+    programs = {pid: processes.program(pid) for pid in pids}
+    return strangers.find(seen.inventory, settled.ledger, seen.uses, seen.processes, programs, around)
+
+
+def _meet_strangers(ds01: Allocations, settled: Settled, now: Memory, run: _Run) -> Memory:
+    """Report everybody who uses a device without DS01, and stop whom the limits file wants stopped; what to remember.
+
+    There is an event for whoever does and did not at the last run."""
+    found, seen = _strangers(ds01, settled), settled.seen.inventory
+    for action in strangers.seen(found, seen, settled.ledger):
+        run.actions.append(action)
+        if now.unmanaged.get(action.subject) != action.details["by"]:
+            ds01.events.write(action.kind, ds01.clock(), device=action.subject, message=action.message)
+    ended = []
+    programs = {str(stranger.program.pid): stranger.program.started for stranger in found if stranger.program}
+    asked = {pid: began for pid, began in now.asked.items() if programs.get(pid) == began}
+    for action in _unmanaged_to_stop(ds01, settled, found, now.asked):
+        with run.stage(action.subject):
+            if not _stop_stranger(ds01, action):
+                continue
+            run.actions.append(action)
+            if "pid" in action.details:
+                asked[str(action.details["pid"])] = action.details["started"]
+            else:
+                ended.append(action.details["container_id"])
+    left = [stranger for stranger in found if stranger.program or stranger.container_id not in ended]
+    by_device = {action.subject: action.details["by"] for action in strangers.seen(left, seen, settled.ledger)}
+    return replace(now, unmanaged=by_device, asked=asked)
+
+
+def _unmanaged_to_stop(
+    ds01: Allocations, settled: Settled, found: Sequence[Stranger], asked: Mapping[str, int]
+) -> list[Action]:
+    """Nobody without the engine: then no process can be told from a container's."""
+    if ds01.config.policies.unmanaged != "stop" or engine.disabled():
+        return []
+    return list(strangers.stops(found, settled.seen.inventory, asked))
+
+
+def _stop_stranger(ds01: Allocations, action: Action) -> bool:
+    """Stop a container, or ask a process to end, with an event; False for a process that is gone. Raises Ds01Error."""
+    if "pid" in action.details:
+        container = ""
+        if not processes.ask_to_end(action.details["pid"], action.details["started"]):
+            return False
+    else:
+        container = action.subject
+        ds01.engine.end(action.details["container_id"], _UNMANAGED_GRACE)
+    account = accounts.lookup(action.user)
+    if account:
+        telling.say(account, action.message)
+    ds01.events.write(action.kind, ds01.clock(), user=action.user, container=container, message=action.message)
+    return True
 
 
 # --- containers
@@ -197,8 +263,7 @@ def _remove(ds01: Allocations, actions: Iterable[Action], run: _Run) -> None:
     containers = Containers(ds01)
     for action in actions:
         with run.stage(action.subject):
-            name = ds01.name(action.subject, action.user)
-            containers.discard(name, action.details["container_id"], action.message)
+            containers.discard(action.container, action.details["container_id"], action.message)
             run.actions.append(action)
 
 

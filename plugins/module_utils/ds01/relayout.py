@@ -10,6 +10,7 @@ what the next one sees and completes.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from .model import Device, Inventory, Ledger
 from .partitions import Cuts, Host, Planned, Wanted
 from .saved_layout import SavedLayout, layout_of
 from .services import Stopping
-from .transitions import resolved
+from .transitions import after, resolved
 
 if TYPE_CHECKING:
     from .allocations import Allocations
@@ -83,12 +84,16 @@ def _apply(ds01: Allocations, wanted: Wanted, force: Collection[str], say: Say) 
             planned = replace(again, services=planned.services)
             if not planned.changed:
                 return planned
+            if planned.over:
+                ds01.give_back(transaction, planned.over, planned.host.running)
             inventory = cut(ds01, driver, transaction, planned, say)
     return replace(planned, host=replace(planned.host, inventory=inventory))
 
 
 def _foresee(ds01: Allocations, driver: nvml.Nvml, ledger: Ledger, wanted: Wanted, force: Collection[str]) -> Planned:
-    host = partitions.host(ds01, driver, ledger, ds01.look(ledger, driver))
+    seen = ds01.look(ledger, driver)
+    due = ds01.overdue(ledger, seen)  # what any request would give back is in nobody's way
+    host = partitions.host(ds01, driver, functools.reduce(after, due, ledger), seen)
     cuts = wanted(host.gpus)
     planned = partitions.planned(host, cuts, force)
     resets = [gpu for gpu in planned.switched if gpu.resets]
@@ -97,7 +102,9 @@ def _foresee(ds01: Allocations, driver: nvml.Nvml, ledger: Ledger, wanted: Wante
     if any(clients.values()):
         host = replace(host, gpus=tuple(_with_holders(gpu, clients.get(gpu.index, ())) for gpu in host.gpus))
         planned = partitions.planned(host, cuts, force)
-    return replace(planned, services=tuple(s.unit for s in stopping), repairs=_repairs(ds01, ledger, planned))
+    over = tuple(outcome for outcome in due if outcome.allocation is None)
+    units = tuple(service.unit for service in stopping)
+    return replace(planned, services=units, repairs=_repairs(ds01, ledger, planned), over=over)
 
 
 def _clients(
@@ -437,9 +444,9 @@ def foresee_restore(ds01: Allocations) -> Restored:
 def restore(ds01: Allocations, say: Say = _silent) -> Restored:
     """Cut every GPU again as it was saved, in the same places, and project the ledger on what is there then.
 
-    For a boot, before any container runs: it never asks the engine, whose start may wait for it. GPU by
-    GPU: one that cannot be cut again keeps no other from it, and is offered to nobody. Raises Ds01Error
-    where there is no driver, or no lock.
+    For a boot, before any container runs: it asks no engine that does not run yet, since its start may wait for
+    this. GPU by GPU: one that cannot be cut again keeps no other from it, and is offered to nobody. One that was
+    cut again in this boot already loses nothing by it. Raises Ds01Error where there is no driver, or no lock.
     """
     with nvml.session() as driver, ds01.store.locked():
         ledger, unreadable = _readable(ds01)
@@ -478,7 +485,7 @@ def _foresee_restore(
     ds01: Allocations, driver: nvml.Nvml, ledger: Ledger, unreadable: Sequence[str]
 ) -> tuple[Host, dict[str, mig.Plan], list[str]]:
     """The host, the plan of each saved GPU by its UUID, and what cannot be restored."""
-    host = partitions.host(ds01, driver, ledger, ds01.look_at_driver(driver))
+    host = partitions.host(ds01, driver, ledger, _look(ds01, driver, ledger))
     host = replace(host, gpus=geometry.completed(host.gpus))
     there = {gpu.uuid: gpu for gpu in host.gpus}
     plans: dict[str, mig.Plan] = {}
@@ -490,11 +497,26 @@ def _foresee_restore(
         answer = mig.plan_placed(there[uuid], saved.layout)
         if isinstance(answer, mig.LayoutRefusal):
             problems.append(answer.message)
-        elif unreadable and any(step.uuid for step in answer.changes):
+        elif saved.boot_id == processes.boot_id() and _takes_away(answer):
+            problems.append(f"GPU {answer.gpu} was cut otherwise since it was restored: it is left as it is.")
+        elif unreadable and _takes_away(answer):
             problems.append(f"GPU {answer.gpu} is cut otherwise, and without a ledger nobody knows who uses it.")
         else:
             plans[uuid] = answer
     return host, plans, problems
+
+
+def _look(ds01: Allocations, driver: nvml.Nvml, ledger: Ledger) -> Observation:
+    """The host, with the engine where it runs already: asking one that does not would start it, and wait."""
+    with contextlib.suppress(Ds01Error):
+        if not engine.disabled() and services.active(["docker.service"]):
+            return ds01.look(ledger, driver)
+    return ds01.look_at_driver(driver)
+
+
+def _takes_away(plan: mig.Plan) -> bool:
+    """Whether a device, or a whole GPU, would be gone."""
+    return plan.switches or any(step.uuid for step in plan.changes)
 
 
 def _record_restore(ds01: Allocations, restored: Restored) -> None:

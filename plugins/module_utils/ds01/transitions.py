@@ -190,12 +190,6 @@ def _queue_after(queue: tuple[Waiter, ...], outcome: Outcome) -> tuple[Waiter, .
     return others if outcome.ticket or served else queue
 
 
-def hold_ends(now: Ledger, config: Config) -> dict[str, datetime]:
-    """When each held allocation runs out; one that is held until it is released is absent."""
-    ends = ((a.container, hold_end(a, config)) for a in now.allocations.values())
-    return {container: end for container, end in ends if end is not None}
-
-
 def hold_end(allocation: Allocation, config: Config) -> datetime | None:
     """When the hold is over: after the user's time, or when somebody else's reservation begins."""
     stopped = allocation.stopped_at

@@ -1,0 +1,594 @@
+"""Reconcile, on the host that a test plays: one run puts right whatever happened there, a second changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from ds01 import exclusion, memory, processes, reconcile, systemd_slices, usage
+from ds01.errors import Ds01Error
+from ds01.occupancy import Program
+from ds01.reconcile import Reconciled
+from support import Host
+from test_allocations_cases import Stage, damage, lose
+from world import FOREIGN_PID, Box, projected
+
+MINUTE, HOUR = timedelta(minutes=1), timedelta(hours=1)
+HALF_A_DAY = 12 * HOUR + timedelta(seconds=1)
+"""How long stopped containers are kept, and the rest of the second in which it stopped."""
+
+
+class Server(Stage):
+    """A stage that reconciles itself. `uptime` goes on with the clock, but for a clock that is set."""
+
+    uptime = 100_000.0
+
+    def passes(self, span: timedelta) -> None:
+        self.world.later(span)
+        self.uptime += span.total_seconds()
+
+    def run(self) -> list[str]:
+        """One run, what it did, and that a second one does nothing and changes no file."""
+        found = reconcile.reconcile(self.ds01)
+        assert found.problems == ()
+        self.is_settled()
+        return said(found)
+
+    def is_settled(self) -> None:
+        before, boxes = self.host.tree(), [(b.name, b.status) for b in self.world.boxes.values()]
+        again = reconcile.reconcile(self.ds01)
+        assert not again.changed, again.summary()
+        assert again.problems == ()
+        assert self.host.tree() == before
+        assert [(b.name, b.status) for b in self.world.boxes.values()] == boxes
+        for container, allocation in self.ds01.store.read().allocations.items():
+            assert projected(self.world.cdi, container) == tuple(d.uuid for d in allocation.devices)
+        files = {path.name for path in self.world.cdi.glob("ds01-*.json")}
+        assert files == {f"ds01-{container}.json" for container in self.ledger}
+
+    def foreseen(self) -> list[str]:
+        before = self.host.tree()
+        found = said(reconcile.foresee(self.ds01))
+        assert self.host.tree() == before, "a report of drift writes nothing"
+        return found
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.host.events.read_text(encoding="utf-8").splitlines()]
+
+    def told(self, *kinds: str) -> list[str]:
+        return [event["message"] for event in self.events if event["event"] in kinds]
+
+    def policies(self, **rules: Any) -> None:
+        self.limits(defaults={"container_hold_after_stop": "12h"}, policies=rules)
+
+
+def said(found: Reconciled) -> list[str]:
+    return [f"{action.kind} {action.subject}" for action in found.actions]
+
+
+@pytest.fixture
+def server(host: Host, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """alice's container runs, bob's stopped and holds its device; nobody is stopped for being idle."""
+    made = Server(host, ["full", ["2g.20gb", "2g.20gb", "2g.20gb"]])
+    made.world.plug_in(monkeypatch)
+    monkeypatch.setattr(systemd_slices, "live", list)
+    monkeypatch.setattr(usage, "usages", lambda _ids: {})
+    monkeypatch.setattr(memory, "since_boot", lambda: made.uptime)
+    made.policies()
+    made.runs("p._.alice")
+    box = made.runs("q._.bob")
+    made.world.stop(box)
+    made.call(made.change("held", "q._.bob"))
+    reconcile.reconcile(made.ds01)
+    yield made
+    made.run()
+
+
+# --- what happened behind DS01's back
+
+
+def removed(server: Server) -> list[str]:
+    server.world.remove(server.world.boxes["p._.alice"], record_too=False)
+    return ["gpu.released p._.alice"]
+
+
+def removed_while_held(server: Server) -> list[str]:
+    server.world.remove(server.world.boxes["q._.bob"], record_too=False)
+    return ["gpu.released q._.bob"]
+
+
+def stopped(server: Server) -> list[str]:
+    server.world.stop(server.world.boxes["p._.alice"])
+    server.passes(MINUTE)
+    return ["gpu.held p._.alice"]
+
+
+def stopped_a_moment_ago(server: Server) -> list[str]:
+    """It may be in the middle of a restart."""
+    server.world.stop(server.world.boxes["p._.alice"])
+    return []
+
+
+def stopped_longer_than_its_hold(server: Server) -> list[str]:
+    server.world.stop(server.world.boxes["p._.alice"])
+    server.passes(3 * HOUR)
+    return ["gpu.released p._.alice", "gpu.released q._.bob"]
+
+
+def started(server: Server) -> list[str]:
+    assert server.world.start(server.world.boxes["q._.bob"])
+    return ["gpu.active q._.bob"]
+
+
+def the_hold_is_over(server: Server) -> list[str]:
+    server.passes(HOUR)
+    return ["gpu.released q._.bob"]
+
+
+def granted_and_never_made(server: Server) -> list[str]:
+    server.ask("r._.carol")
+    server.passes(10 * MINUTE)
+    return ["gpu.released r._.carol"]
+
+
+def granted_a_moment_ago(server: Server) -> list[str]:
+    server.ask("r._.carol")
+    return []
+
+
+def a_cdi_file_is_gone(server: Server) -> list[str]:
+    (server.world.cdi / "ds01-p._.alice.json").unlink()
+    return ["cdi.mended p._.alice"]
+
+
+def every_cdi_file_is_gone(server: Server) -> list[str]:
+    for path in server.world.cdi.glob("ds01-*.json"):
+        path.unlink()
+    return ["cdi.mended p._.alice", "cdi.mended q._.bob"]
+
+
+def a_cdi_file_is_cut_off(server: Server) -> list[str]:
+    path = server.world.cdi / "ds01-p._.alice.json"
+    path.write_bytes(path.read_bytes()[:40])
+    return ["cdi.mended p._.alice"]
+
+
+def a_cdi_file_is_forged(server: Server) -> list[str]:
+    """Bob's would give alice's device."""
+    alices = (server.world.cdi / "ds01-p._.alice.json").read_text(encoding="utf-8")
+    (server.world.cdi / "ds01-q._.bob.json").write_text(alices.replace("p._.alice", "q._.bob"), encoding="utf-8")
+    return ["cdi.mended q._.bob"]
+
+
+def a_cdi_file_of_nobody(server: Server) -> list[str]:
+    alices = (server.world.cdi / "ds01-p._.alice.json").read_text(encoding="utf-8")
+    (server.world.cdi / "ds01-x._.eve.json").write_text(alices.replace("p._.alice", "x._.eve"), encoding="utf-8")
+    return ["cdi.mended x._.eve"]
+
+
+def stopped_long_ago(server: Server) -> list[str]:
+    server.passes(HALF_A_DAY)
+    return ["gpu.released q._.bob", "container.removed q._.bob"]
+
+
+def stopped_not_so_long_ago(server: Server) -> list[str]:
+    server.passes(12 * HOUR)
+    return ["gpu.released q._.bob"]
+
+
+def never_started(server: Server) -> list[str]:
+    server.ask("r._.carol")
+    server.makes("r._.carol")
+    server.passes(30 * MINUTE)
+    return ["gpu.released r._.carol", "container.removed r._.carol"]
+
+
+def not_started_yet(server: Server) -> list[str]:
+    server.ask("r._.carol")
+    server.makes("r._.carol")
+    server.passes(9 * MINUTE)
+    return []
+
+
+def the_ledger_is_lost(server: Server) -> list[str]:
+    lose(server)
+    return []
+
+
+def the_ledger_is_damaged(server: Server) -> list[str]:
+    damage(server)
+    return []
+
+
+def nothing(_server: Server) -> list[str]:
+    return []
+
+
+HAPPENED: list[Callable[[Server], list[str]]] = [
+    removed,
+    removed_while_held,
+    stopped,
+    stopped_a_moment_ago,
+    stopped_longer_than_its_hold,
+    started,
+    the_hold_is_over,
+    granted_and_never_made,
+    granted_a_moment_ago,
+    a_cdi_file_is_gone,
+    every_cdi_file_is_gone,
+    a_cdi_file_is_cut_off,
+    a_cdi_file_is_forged,
+    a_cdi_file_of_nobody,
+    stopped_long_ago,
+    stopped_not_so_long_ago,
+    never_started,
+    not_started_yet,
+    nothing,
+]
+
+
+@pytest.mark.parametrize("happens", HAPPENED, ids=lambda happens: happens.__name__)
+def test_one_run_puts_it_right(happens: Callable[[Server], list[str]], server: Server) -> None:
+    expected = happens(server)
+    foreseen = server.foreseen()
+    assert server.run() == expected
+    # A removal that a release has to come before is foreseen as well: it depends on the clock alone.
+    assert foreseen == expected
+
+
+@pytest.mark.parametrize("happens", [the_ledger_is_lost, the_ledger_is_damaged])
+def test_a_ledger_that_is_gone_is_found_again(happens: Callable[[Server], list[str]], server: Server) -> None:
+    before = server.ledger
+    happens(server)
+    assert reconcile.reconcile(server.ds01).problems == ()
+    assert server.ledger == before
+
+
+def test_each_action_is_an_event(server: Server) -> None:
+    server.passes(HALF_A_DAY)
+    (server.world.cdi / "ds01-p._.alice.json").unlink()
+    server.run()
+    assert server.told("gpu.released")[0].endswith("its hold ended at 2025-11-21T11:30:00Z.")
+    assert server.told("container.removed") == [
+        "q._.bob is removed: it stopped at 2025-11-21T10:30:00Z, and bob's stopped containers are kept for 12h."
+    ]
+
+
+def test_a_container_that_somebody_starts_just_then_is_not_removed(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.passes(11 * HOUR)
+    box = server.world.boxes["q._.bob"]
+    overdue = reconcile._overdue
+
+    def and_then(*args: Any) -> Any:
+        found = overdue(*args)
+        box.status = "running"
+        return found
+
+    server.run()
+    server.passes(2 * HOUR)
+    with monkeypatch.context() as patch:
+        patch.setattr(reconcile, "_overdue", and_then)
+        found = reconcile.reconcile(server.ds01)
+    assert [problem["reason"] for problem in found.problems] == ["engine_error"]
+    assert "q._.bob" in server.world.boxes
+    box.status = "exited"
+
+
+def test_what_belongs_to_one_whose_account_is_gone_is_removed_too(server: Server) -> None:
+    """His uid stands for his name in the container's; no account has it any more."""
+    labels = {"ds01.managed": "true", "ds01.user": "h.baker@uni.example", "ds01.gpus": "0"}
+    box = server.world.create("old._.3999999999", labels)
+    server.world.start(box)
+    server.world.stop(box)
+    server.passes(HALF_A_DAY)
+    assert "container.removed old._.3999999999" in server.run()
+
+
+# --- what does not answer
+
+
+def silent_driver(server: Server) -> None:
+    server.world.driver_answers = False
+
+
+def silent_engine(server: Server) -> None:
+    server.world.engine_answers = False
+
+
+@pytest.mark.parametrize(
+    ("silent", "stages"),
+    [
+        (silent_driver, {"allocations": "driver_unavailable"}),
+        (
+            silent_engine,
+            dict.fromkeys(("allocations", "containers", "slices"), "engine_unavailable"),
+        ),
+    ],
+)
+def test_what_does_not_answer_is_told_and_nobody_is_harmed(
+    silent: Callable[[Server], None], stages: dict[str, str], server: Server
+) -> None:
+    server.passes(3 * HOUR)
+    before = server.ledger
+    silent(server)
+    found = reconcile.reconcile(server.ds01)
+    assert {p["stage"]: p["reason"] for p in found.problems} == stages
+    assert (server.ledger, found.actions) == (before, ())
+    assert found.summary() == f"everything is as it should be; {len(stages)} could not be looked at."
+    server.world.driver_answers = server.world.engine_answers = True
+    assert server.run() == ["gpu.released q._.bob"]
+
+
+def test_without_the_driver_containers_are_removed_all_the_same(server: Server) -> None:
+    server.passes(HALF_A_DAY)
+    silent_driver(server)
+    found = reconcile.reconcile(server.ds01)
+    assert said(found) == ["container.removed q._.bob"]
+    assert "q._.bob" not in server.ledger
+    server.world.driver_answers = True
+
+
+def test_a_limits_file_with_a_mistake_says_what_to_do_to_nobody(server: Server) -> None:
+    server.passes(12 * HOUR)
+    good, before = server.host.config.read_text(encoding="utf-8"), server.host.tree()
+    server.host.limits("defaults: {max_gpus: many}")
+    for verb in (reconcile.reconcile, reconcile.foresee):
+        with pytest.raises(Ds01Error) as caught:
+            verb(server.ds01)
+        assert caught.value.reason == "config_invalid"
+    server.host.limits(good)
+    assert server.host.tree() == before
+
+
+def test_it_never_runs_twice_at_a_time(server: Server) -> None:
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:3]\n"
+        "from pathlib import Path; from ds01 import exclusion\n"
+        "with exclusion.alone(Path(sys.argv[3]), 'reconcile'):\n  print(flush=True); sys.stdin.read()"
+    )
+    root = str(next(p for p in sys.path if p.endswith("module_utils")))
+    argv = [sys.executable, "-c", code, root, root, str(server.host.state / "reconcile.lock")]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout
+        other.stdout.readline()
+        with pytest.raises(Ds01Error) as caught:
+            reconcile.reconcile(server.ds01)
+        assert caught.value.reason == "container_busy"
+        assert reconcile.foresee(server.ds01).problems == (), "who only looks waits for nobody"
+        other.communicate()
+    with exclusion.alone(server.host.state / "reconcile.lock", "reconcile"):
+        pass
+
+
+# --- clocks that are set
+
+
+@pytest.mark.parametrize("jump", [timedelta(days=1), timedelta(days=-1)], ids=["on", "back"])
+def test_a_clock_that_was_set_removes_nobody_and_back_again_nothing_is_lost(jump: timedelta, server: Server) -> None:
+    server.world.later(jump)
+    server.run()
+    assert set(server.world.boxes) == {"p._.alice", "q._.bob"}
+    assert server.ledger["p._.alice"] == "0 active" or "active" in server.ledger["p._.alice"]
+    server.world.later(-jump)
+    server.run()
+    assert set(server.world.boxes) == {"p._.alice", "q._.bob"}
+    assert server.ledger["p._.alice"].endswith("active")
+
+
+def test_a_clock_that_stays_as_it_was_set_is_trusted_after_an_hour(server: Server) -> None:
+    server.world.later(timedelta(days=1))
+    server.run()
+    server.passes(HOUR - timedelta(seconds=1))
+    assert server.run() == []
+    server.passes(timedelta(seconds=1))
+    assert server.run() == ["container.removed q._.bob"]
+
+
+def test_a_clock_that_is_put_right_at_boot_is_trusted(server: Server) -> None:
+    """A host that slept: nothing is known of its clock's pace in this boot."""
+    server.world.reboot(turned=False, order={})
+    server.world.later(timedelta(days=1))
+    server.uptime = 60.0
+    assert "container.removed q._.bob" in server.run()
+
+
+# --- the disk is full
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(28, os.strerror(28))
+
+
+def test_a_full_disk_is_told_and_everything_stays_as_it_was(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.passes(3 * HOUR)
+    (server.world.cdi / "ds01-p._.alice.json").unlink()
+    files = [*server.world.cdi.iterdir(), server.host.ledger, server.ds01.paths.memory]
+    before = [(path, path.read_bytes()) for path in files]
+    with monkeypatch.context() as patch:
+        patch.setattr("ds01.files.replace", full)
+        found = reconcile.reconcile(server.ds01)
+    assert found.problems[0]["stage"] == "allocations"
+    assert [(path, path.read_bytes()) for path in files] == before
+    assert server.run() == ["gpu.released q._.bob", "cdi.mended p._.alice"]
+
+
+def test_what_was_done_is_told_where_the_memory_cannot_be_kept(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.world.slots[0].foreign_process = True
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "write", _refuses)
+        found = reconcile.reconcile(server.ds01)
+    assert [problem["stage"] for problem in found.problems] == ["memory"]
+    assert found.result()["problems"][0]["reason"] == "permission_denied"
+    server.world.slots[0].foreign_process = False
+
+
+def _refuses(*_: Any) -> None:
+    raise Ds01Error("permission_denied", "The disk is full.")
+
+
+# --- use without DS01
+
+
+def foreign(server: Server, name: str, *promised: str, labels: dict[str, str] | None = None) -> Box:
+    box = server.world.create(name, labels or {})
+    box.promised = promised
+    box.status = "running"
+    return box
+
+
+def computing(server: Server, monkeypatch: pytest.MonkeyPatch, **belongs: Any) -> None:
+    """A process on GPU 0."""
+    server.world.slots[0].foreign_process = True
+    found = Program(FOREIGN_PID, f"process {FOREIGN_PID} (python3 of bob)", "bob", **{"started": 7, **belongs})
+    monkeypatch.setattr(processes, "program", lambda _pid: found)
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Whom DS01 asked to end."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(processes, "ask_to_end", lambda pid, began: asked.append((pid, began)) or True)
+    return asked
+
+
+def seen(server: Server) -> list[str]:
+    found = reconcile.reconcile(server.ds01)
+    return [action.message for action in found.actions]
+
+
+def test_a_container_outside_is_reported_once_and_left(server: Server) -> None:
+    foreign(server, "trainer", "0")
+    message = "Device 0 is used without DS01 by container trainer (--gpus device=0)."
+    assert seen(server) == seen(server) == [message]
+    assert server.told("unmanaged.seen") == [message], "one event"
+    assert server.world.boxes["trainer"].runs
+    del server.world.boxes["trainer"]
+
+
+def test_what_somebody_else_has_is_said(server: Server) -> None:
+    device = server.ds01.store.read().allocations["p._.alice"].devices[0]
+    foreign(server, "trainer", device.uuid)
+    (message,) = seen(server)
+    assert message.endswith(f"--gpus device={device.uuid}), and is p._.alice's.")
+    del server.world.boxes["trainer"]
+
+
+def test_a_container_outside_is_stopped_where_that_is_wanted(server: Server, ended: list[Any]) -> None:
+    server.policies(unmanaged="stop")
+    foreign(server, "trainer", "0", "1:2")
+    message = "Container trainer (--gpus device=0,1:2) is stopped: it uses 0, 1:2 without DS01."
+    assert "unmanaged.stopped trainer" in server.foreseen()
+    assert server.world.boxes["trainer"].runs
+    assert message in seen(server)
+    assert not server.world.boxes["trainer"].runs
+    assert server.told("unmanaged.stopped") == [message]
+    assert server.run() == []
+    assert ended == []
+
+
+def test_a_copy_of_one_of_ds01s_is_outside(server: Server) -> None:
+    server.policies(unmanaged="stop")
+    foreign(server, "copy", "0", labels={**server.world.boxes["p._.alice"].labels})
+    server.run()
+    assert not server.world.boxes["copy"].runs
+
+
+def test_who_only_watches_is_neither_reported_nor_stopped(
+    server: Server, ended: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.policies(unmanaged="stop", monitoring_containers=["dcgm-exporter"])
+    box = foreign(server, "dcgm-exporter", "all")
+    computing(server, monkeypatch, container_id=box.id)
+    assert seen(server) == []
+    assert (box.runs, ended) == (True, [])
+
+
+@pytest.mark.parametrize("unmanaged", ["report", "stop"])
+def test_ds01s_own_are_never_taken_for_strangers(
+    unmanaged: str, server: Server, ended: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.policies(unmanaged=unmanaged)
+    slot = next(slot for slot in server.world.slots if slot.profile == "full")
+    server.limits(policies={"unmanaged": unmanaged})
+    computing(server, monkeypatch, container_id=server.world.boxes["p._.alice"].id)
+    assert slot.foreign_process
+    assert seen(server) == []
+    assert (server.world.boxes["p._.alice"].runs, ended) == (True, [])
+
+
+def test_one_of_ds01s_that_runs_without_an_allocation_is_reported_only(server: Server, ended: list[Any]) -> None:
+    server.policies(unmanaged="stop")
+    server.call(server.change("released", "q._.bob"))
+    box = server.world.boxes["q._.bob"]
+    box.status = "running"
+    (message,) = seen(server)
+    assert message.endswith("is used without DS01 by container q._.bob (without an allocation).")
+    assert box.runs
+    server.world.stop(box)
+
+
+def test_a_process_in_a_container_outside_stops_the_container(
+    server: Server, ended: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A privileged one that was promised nothing."""
+    server.policies(unmanaged="stop")
+    box = foreign(server, "sneaky")
+    computing(server, monkeypatch, container_id=box.id)
+    server_says = seen(server)
+    assert f"Container sneaky (its process {FOREIGN_PID}) is stopped: it uses 0 without DS01." in server_says
+    assert (box.runs, ended) == (False, [])
+    server.world.slots[0].foreign_process = False
+
+
+def test_a_process_is_asked_to_end_once(server: Server, ended: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    server.policies(unmanaged="stop")
+    computing(server, monkeypatch)
+    says = f"Process {FOREIGN_PID} (python3 of bob) is asked to end: it uses 0 without DS01."
+    assert says in seen(server)
+    assert says not in seen(server), "it does not want to: nothing stronger is done"
+    assert ended == [(FOREIGN_PID, 7)]
+    assert server.told("unmanaged.stopped") == [says]
+    computing(server, monkeypatch, started=8)
+    assert says in seen(server), "another process of that number"
+    server.world.slots[0].foreign_process = False
+    reconcile.reconcile(server.ds01)
+    assert memory.read(server.ds01.paths.memory).asked == {}
+
+
+@pytest.mark.parametrize(
+    ("belongs", "rules"),
+    [
+        ({"started": None}, {"unmanaged": "stop"}),
+        ({"unit": "nvidia-dcgm.service"}, {"unmanaged": "stop", "mig_services": ["nvidia-dcgm.service"]}),
+        ({}, {"unmanaged": "report"}),
+        ({}, {}),
+    ],
+    ids=["it cannot be seen", "a service that may", "report", "by default"],
+)
+def test_a_process_that_is_only_reported(
+    belongs: dict[str, Any], rules: dict[str, Any], server: Server, ended: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.policies(**rules)
+    computing(server, monkeypatch, **belongs)
+    assert seen(server) == [f"Device 0 is used without DS01 by process {FOREIGN_PID} (python3 of bob)."]
+    assert ended == []
+    server.world.slots[0].foreign_process = False
+
+
+def test_a_container_that_cannot_be_stopped_is_a_problem(server: Server) -> None:
+    server.policies(unmanaged="stop")
+    box = foreign(server, "trainer", "0")
+    server.world.refuses_to[box.id] = ("stop", "kill")
+    found = reconcile.reconcile(server.ds01)
+    assert [(p["stage"], p["reason"]) for p in found.problems] == [("trainer", "engine_error")]
+    assert server.host.events.exists()
+    del server.world.boxes["trainer"]
