@@ -178,7 +178,7 @@ from ansible.module_utils.ds01 import layouts, mig_text, partitions, relayout
 from ansible.module_utils.ds01.allocations import Allocations
 from ansible.module_utils.ds01.errors import Ds01Error, invalid_input
 from ansible.module_utils.ds01.paths import Paths
-from ansible.module_utils.ds01_module import fail
+from ansible.module_utils.ds01_module import fail, interruptible
 
 ARGUMENT_SPEC = {
     "state": {"type": "str", "choices": ["present", "exported"], "default": "present"},
@@ -242,9 +242,12 @@ def main() -> None:
         if module.params["state"] == "exported":
             result = exported(ds01, module.params["layout"] or "current")
         else:
-            result = present(ds01, module.params, module.check_mode)
+            with interruptible(module):
+                result = present(ds01, module.params, module.check_mode)
     except Ds01Error as exc:
         fail(module, exc)
+    for warning in result.pop("warnings", []):
+        module.warn(warning)
     if not module._diff:
         result.pop("diff")
     module.exit_json(**result)

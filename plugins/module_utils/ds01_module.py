@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.ds01 import interruption
 from ansible.module_utils.ds01.errors import Ds01Error
 
 
@@ -17,6 +19,18 @@ def items(module: AnsibleModule, batch: str) -> list[dict[str, Any]]:
 def fail(module: AnsibleModule, exc: Ds01Error, **results: Any) -> None:
     """End with the error's sentence, reason code and details."""
     module.fail_json(msg=str(exc), reason=exc.reason, **{**exc.details, **results})
+
+
+@contextlib.contextmanager
+def interruptible(module: AnsibleModule) -> Iterator[None]:
+    """End with reason `interrupted` when a signal comes (a lost connection, a cancelled job) and what was begun
+    is undone."""
+    try:
+        with interruption.as_exception():
+            yield
+    except interruption.Interrupted as exc:
+        message = f"{exc} What was begun is undone, or was finished: ds01 mig list shows it."
+        module.fail_json(msg=message, reason="interrupted")
 
 
 def finish(

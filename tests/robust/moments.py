@@ -27,7 +27,13 @@ def kill() -> None:
 
 
 def full_disk() -> None:
+    """At this write alone."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def stays_full() -> None:
+    """From this write on."""
+    full_disk()
 
 
 def happening(server: Server, number: int, action: Callable[[], object], what: Callable[[], None] = kill) -> str:
@@ -58,6 +64,7 @@ def _act(server: Server, number: int, action: Callable[[], object], what: Callab
         left[0] -= 1
         if left[0] == 0:
             os.write(pipe, write.encode())
+        if left[0] == 0 or (left[0] < 0 and what is stays_full):
             what()
 
     events = _CHANGES if what is kill else _NEEDS_SPACE  # driver and tools refuse in other ways than a disk

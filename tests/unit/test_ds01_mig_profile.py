@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any
 
 import ds01_mig_profile
 import pytest
+import sim_systemd
 import sim_tools
 import yaml
 from ds01_mig_profile import Ds01Error
@@ -23,16 +25,6 @@ from support import ROOT, Host
 __all__ = ["start"]
 
 PLAYBOOK = ROOT / "playbooks" / "mig.yml"
-
-# Answers as systemctl does about one unit, and notes that it was stopped.
-SYSTEMCTL = """\
-#!/bin/sh
-case $1 in
-is-active) test -e {running} && echo active || {{ echo inactive; exit 3; }} ;;
-stop) rm {running} && touch {stopped} ;;
-start) touch {running} ;;
-esac
-"""
 
 CUT = "2g.20gb,1g.10gb+me,3g.40gb"
 
@@ -107,19 +99,32 @@ class TestOnAServer:
             assert server.cut(0) == "off"
 
     def test_a_service_that_gave_way_is_in_the_result_of_the_run_too(self, server: Server) -> None:
-        """systemd's part is played by a file for each unit that runs."""
-        running, stopped = server.host.root / "lab-monitor.service", server.host.root / "stopped"
-        systemctl = server.host.root / "bin" / "systemctl"
-        systemctl.write_text(SYSTEMCTL.format(running=running, stopped=stopped), encoding="utf-8")
-        systemctl.chmod(0o755)
-        running.touch()
+        systemd = sim_systemd.install(server.host.root / "bin", server.host.root / "units")
+        systemd.unit("lab-monitor.service")
         server.host.limits(LIMITS + "policies: {mig_services: [lab-monitor.service]}\n")
         foreseen = run(check=True, gpus={"0": ["3g.40gb"]})
         done = run(gpus={"0": ["3g.40gb"]})
         assert foreseen["services"] == done["services"] == ["lab-monitor.service"]
-        assert stopped.exists()
-        assert running.exists()
+        assert systemd.log() == ["stopped lab-monitor.service", "started lab-monitor.service"]
         assert run(gpus={"0": ["3g.40gb"]})["services"] == []
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+    def test_a_job_that_is_cancelled_says_so_and_is_undone(self, number: signal.Signals, server: Server) -> None:
+        said: list[dict[str, Any]] = []
+
+        class Module:
+            """What AnsibleModule does at the end, without the end."""
+
+            def fail_json(self, **result: Any) -> None:
+                said.append(result)
+
+        before = server.cuts()
+        server.calls.before("write", lambda: os.kill(os.getpid(), number), 2)
+        with ds01_mig_profile.interruptible(Module()):
+            run(gpus={"0": ["3g.40gb"], "1": ["2g.20gb"]})
+        assert [result["reason"] for result in said] == ["interrupted"]
+        assert f"Interrupted by {number.name}." in said[0]["msg"]
+        assert server.cuts() == before
 
     def test_what_is_exported_leads_to_itself(self, server: Server) -> None:
         result = ds01_mig_profile.exported(service(), "as found")

@@ -131,7 +131,6 @@ def test_the_refusal_names_who_is_in_the_way_and_until_when() -> None:
     assert found.message == (
         f"GPU 0 cannot become 4g.40gb, 1g.10gb: 2g.20gb at 0:2 is in use by p._.alice of alice until {until}."
     )
-    assert found.hint == "To break it all the same, force: p._.alice."
     assert (found.available_at, found.blocked_by) == (NOW + timedelta(hours=3), (held("alice", 3),))
     assert found.retry
 

@@ -81,6 +81,15 @@ def test_a_running_container_s_device_cannot_be_forced(server: Server, monkeypat
     assert (server.written(), server.cuts(), server.calls.writes) == (written, cuts, [])
 
 
+def test_a_running_container_is_to_be_stopped_before_it_is_forced(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine_of(server, monkeypatch, "running")
+    hint = server.refused(g0=WANTED).hint
+    assert hint.startswith(f"{ALICE} runs, and force takes no running container's device. Stop it with")
+    assert hint.endswith(f"force: {ALICE}.")
+
+
 def test_a_stopped_container_s_device_can(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     engine_of(server, monkeypatch, "exited")
     done = server.apply([ALICE], g0=WANTED)

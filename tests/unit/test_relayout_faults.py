@@ -71,7 +71,7 @@ BEFORE: dict[str, Fault] = {
         sim("version-mismatch=on"),
         {"g0": ANEW},
         "driver_unavailable",
-        ("version mismatch", "reboot"),
+        ("version mismatch. The driver", "reboot"),
     ),
     "no driver is loaded": (sim("loaded=off"), {"g0": ANEW}, "driver_unavailable", ("Load the",)),
     "two with the media engines": (
@@ -114,7 +114,7 @@ BEFORE: dict[str, Fault] = {
         lambda s: broken(s, "nvidia-ctk"),
         {"g0": ANEW},
         "driver_unavailable",
-        ("NVIDIA's CDI spec cannot be written", "it broke"),
+        ("NVIDIA's CDI spec cannot be written", "it broke. Try:"),
     ),
 }
 
@@ -152,6 +152,38 @@ def test_what_is_wrong_beforehand_is_told_and_nothing_is_begun(
     assert (server.cuts(), server.written()) == (cuts, written)
 
 
+@contextlib.contextmanager
+def full(folder: Path) -> Iterator[None]:
+    """A disk without room, with what was in the folder."""
+    kept = folder.with_name("kept")
+    shutil.copytree(folder, kept)
+    if subprocess.run(
+        ["/usr/bin/env", "mount", "-t", "tmpfs", "-o", "size=128k", "none", folder], check=False, capture_output=True
+    ).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
+        with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as filler:
+            while filler.write(bytes(4096)):
+                pass
+        yield
+    finally:
+        subprocess.run(["/usr/bin/env", "umount", folder], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("where", ["state", "cdi"])
+def test_a_full_disk_is_seen_beforehand(where: str, server: Server) -> None:
+    cuts, ledger = server.cuts(), server.ledger()
+    with full(getattr(server.host, where)):
+        refusal = server.refused(g0=ANEW)
+        assert refusal.hint.startswith("Free space on that file system."), refusal
+        assert "No space left on device" in refusal.message
+        assert (server.calls.writes, server.cuts(), server.ledger()) == ([], cuts, ledger)
+        server.check_nothing_false()
+    assert server.apply(g0=ANEW).changed
+    server.check_all_done()
+
+
 def mended(server: Server) -> None:
     shutil.rmtree(server.host.root / "bin")
     sim_tools.write(server.host.root / "bin", server.root)
@@ -168,14 +200,15 @@ MEANWHILE: dict[str, tuple[Callable[[Server], None], Callable[[Server], None], s
 def test_what_breaks_after_the_cut(
     breaks: Callable[[Server], None], mend: Callable[[Server], None], reason: str, server: Server
 ) -> None:
-    """Device nodes or NVIDIA's spec cannot be made for the new devices: nobody gets one until the next run."""
-    ledger = server.ledger()
+    """Device nodes or NVIDIA's spec cannot be made for the new devices: they are taken away again."""
+    ledger, cuts, saved = server.ledger(), server.cuts(), server.saved.read_bytes()
     server.calls.before("nvmlDeviceCreateGpuInstanceWithPlacement", lambda: breaks(server))
     try:
         refusal = server.refused(g0=ANEW)
         assert refusal.reason == reason, refusal
         assert refusal.hint
         server.check_nothing_false()
+        assert (server.cuts(), server.saved.read_bytes()) == (cuts, saved)
         assert server.projected() == server.ledger() == ledger
         given = server.allocate("r._.carol", "1g.10gb+me")
         assert (given.ok, server.ledger()) == (False, ledger)

@@ -282,3 +282,31 @@ def test_whoever_has_the_gpu_open_is_named(gpus: str, wanted: Mapping[str, str],
     free_all(server)
     assert server.apply(**wanted).changed
     server.check_all_done()
+
+
+def test_all_who_may_be_forced_are_named(start: Start) -> None:  # noqa: F811
+    server = start("2xA100-SXM4-80GB", g0="3g.40gb", g1="3g.40gb")
+    for container in ("p._.alice", "q._.bob"):
+        server.allocate(container, "3g.40gb")
+    refusal = server.refused(g0="7g.80gb", g1="7g.80gb")
+    assert refusal.hint == "To break it all the same, force: p._.alice, q._.bob."
+    assert server.apply(["p._.alice", "q._.bob"], g0="7g.80gb", g1="7g.80gb").released == ("p._.alice", "q._.bob")
+
+
+def test_where_a_process_is_in_the_way_too_nothing_is_to_be_forced(start: Start) -> None:  # noqa: F811
+    server = start("2xA100-SXM4-80GB", g0="3g.40gb", g1="3g.40gb")
+    server.allocate("p._.alice", "3g.40gb")
+    server.simulate("process=1.0:1")
+    assert server.refused(g0="7g.80gb", g1="7g.80gb").hint == ""
+
+
+def test_a_name_that_nobody_has_is_told(start: Start) -> None:  # noqa: F811
+    server = start("A100-SXM4-80GB", g0="3g.40gb,2g.20gb")
+    server.allocate("p._.alice", "3g.40gb")
+    told = "force: no container p._.alcie has a device here."
+    assert told in server.refused(["p._.alcie"], g0="7g.80gb").message
+    assert server.foresee(["p._.alcie"], g0="3g.40gb").result()["warnings"] == [told]
+    done = server.apply(["p._.alice"], g0="7g.80gb")
+    assert done.result()["warnings"] == []
+    again = server.apply(["p._.alice"], g0="7g.80gb")
+    assert (again.changed, again.result()["warnings"]) == (False, []), "the same play again"

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import sim_systemd
+from ds01 import drift, pausing, processes, reconcile
+from ds01.errors import Ds01Error
 from sim_server import LIMITS, Server, Start, needs_sim, start  # noqa: F401 - start is a fixture
 from sim_systemd import Systemd
 
@@ -71,3 +76,106 @@ def test_nothing_is_stopped_where_no_gpu_is_reset(start: Start) -> None:  # noqa
     may_stop(server, DCGM)
     assert server.apply(g0="3g.40gb").services == ()
     assert systemd.log() == []
+
+
+# --- what a killed run left
+
+
+def silent(_: str) -> None:
+    pass
+
+
+@pytest.fixture
+def note(server: Server, systemd: Systemd) -> Path:
+    """Of a run that was killed when both had stopped."""
+    for unit in (EXPORTER, DCGM):
+        systemd.unit(unit, "inactive")
+    file = server.host.state / "mig-services.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"boot_id": processes.boot_id(), "units": [EXPORTER, DCGM]}), encoding="utf-8")
+    return file
+
+
+def test_reconcile_starts_them(server: Server, systemd: Systemd, note: Path) -> None:
+    foreseen = [a for a in reconcile.foresee(server.ds01()).actions if a.kind == "service.started"]
+    assert (systemd.log(), note.exists()) == ([], True)
+    done = [a for a in reconcile.reconcile(server.ds01()).actions if a.kind == "service.started"]
+    assert done == foreseen == [drift.of_service(DCGM), drift.of_service(EXPORTER)]
+    assert systemd.log() == [f"started {DCGM}", f"started {EXPORTER}"]
+    assert not note.exists()
+    events = [json.loads(line) for line in server.host.events.read_text(encoding="utf-8").splitlines()]
+    assert [e["unit"] for e in events if e["event"] == "service.started"] == [DCGM, EXPORTER]
+    assert [a for a in reconcile.reconcile(server.ds01()).actions if a.kind == "service.started"] == []
+
+
+def test_reconcile_tells_of_one_that_does_not_start(server: Server, note: Path) -> None:
+    (server.host.root / "bin" / "systemctl").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    found = reconcile.reconcile(server.ds01())
+    assert [p["reason"] for p in found.problems if p["stage"] == "services"] == ["service_failed", "service_failed"]
+    assert not note.exists()
+
+
+def test_the_plan_shows_them_and_the_next_apply_starts_them(server: Server, systemd: Systemd, note: Path) -> None:
+    server.apply(g0="full")
+    for unit in (EXPORTER, DCGM):
+        systemd.unit(unit, "inactive")
+    note.write_text(json.dumps({"boot_id": processes.boot_id(), "units": [EXPORTER, DCGM]}), encoding="utf-8")
+    foreseen = server.foresee(g0="full")
+    assert foreseen.changed
+    assert foreseen.repairs == tuple(f"{unit} was left stopped by a run that was killed" for unit in (DCGM, EXPORTER))
+    done = server.apply(g0="full")
+    assert (done.repairs, systemd.running()) == (foreseen.repairs, sorted(BOTH))
+    assert not server.apply(g0="full").changed
+
+
+def test_those_of_a_run_at_work_are_left_alone(server: Server, systemd: Systemd) -> None:
+    """A reconcile each minute, and another apply, beside a change that takes its time."""
+    note = server.host.state / "mig-services.json"
+    may_stop(server, *BOTH)
+    seen: list[object] = []
+
+    def meanwhile() -> None:
+        seen.append(in_child(lambda: (pausing.left(note), pausing.resume(note, silent))))
+
+    server.calls.before("nvmlDeviceSetMigMode", meanwhile)
+    server.apply(g1="3g.40gb")
+    assert seen == [str(((), pausing.Resumed()))]
+    assert systemd.running() == sorted(BOTH)
+    assert len(systemd.log()) == 2 * len(BOTH), "stopped and started once each"
+
+
+def test_services_of_two_runs_are_not_mixed_up(server: Server, systemd: Systemd, note: Path) -> None:
+    """What an earlier one left is started with one's own."""
+    with pausing.paused([PERSISTENCED], note, silent):
+        assert systemd.running() == []
+    assert systemd.running() == sorted(BOTH)
+
+
+def test_after_a_reboot_systemd_starts_them(server: Server, systemd: Systemd, note: Path) -> None:
+    server.simulate("reboot")
+    assert pausing.left(note) == ()
+    assert pausing.resume(note, silent) == pausing.Resumed()
+    assert (systemd.log(), note.exists()) == ([], False)
+
+
+def test_what_cannot_be_noted_is_not_stopped(server: Server, systemd: Systemd) -> None:
+    note = server.host.state / "no such directory" / "note.json"
+    note.parent.parent.mkdir(exist_ok=True)
+    note.parent.write_text("", encoding="utf-8")
+    with pytest.raises(Ds01Error), pausing.paused([DCGM], note, silent):
+        pytest.fail("it began")
+    assert systemd.log() == []
+
+
+def in_child(act: Callable[[], object]) -> str:
+    """What another process is answered."""
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(write, str(act()).encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        answer = pipe.read().decode()
+    os.waitpid(child, 0)
+    return answer

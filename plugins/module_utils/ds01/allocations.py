@@ -20,6 +20,7 @@ from . import (
     config,
     engine,
     events,
+    files,
     ledger,
     lifecycle,
     limits,
@@ -365,7 +366,7 @@ class Allocations:
         return Ds01Error(
             "permission_denied",
             f"The CDI directory {self.paths.cdi} cannot be written: {exc.strerror}.",
-            f"Run as root, make room, or name another directory with DS01_CDI_DIR; {outcome}.",
+            f"{files.remedy(exc)} Or name another directory with DS01_CDI_DIR; {outcome}.",
         )
 
     def leave(self, containers: Collection[str]) -> None:

@@ -1,7 +1,7 @@
 """`ds01`: the verbs on a host, or out of a checkout (`bin/ds01`). A thin door: parse, call, print.
 
 Exit codes: 0 done, 1 refused (reason on stderr), 2 usage or config error, 3 engine, driver, ledger
-or lock unavailable.
+or lock unavailable, 128 + N ended by signal N.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from . import accounts, config, names, nvml, overview, terminal, units, waiting
+from . import accounts, config, interruption, names, nvml, overview, terminal, units, waiting
 from .allocations import Allocations
 from .errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_REFUSED, EXIT_UNAVAILABLE, Ds01Error, exit_code, invalid_input
 from .limits import as_dict, resolve_all
@@ -238,6 +238,7 @@ def _cmd_mig_plan(args: argparse.Namespace, ds01: Allocations) -> int:
     from . import mig_text, relayout
 
     planned = relayout.foresee(ds01, _wanted_layout(args, ds01), args.force)
+    _warn(planned)
     if args.json:
         _print_json(planned.result())
     else:
@@ -250,12 +251,19 @@ def _cmd_mig_apply(args: argparse.Namespace, ds01: Allocations) -> int:
 
     if args.dry_run:
         return _cmd_mig_plan(args, ds01)
-    planned = relayout.apply(ds01, _wanted_layout(args, ds01), args.force, _say)
+    with interruption.as_exception():
+        planned = relayout.apply(ds01, _wanted_layout(args, ds01), args.force, _say)
+    _warn(planned)
     if args.json:
         _print_json(planned.result())
     else:
         print(planned.summary())
     return EXIT_OK
+
+
+def _warn(planned: Any) -> None:
+    for warning in planned.result()["warnings"]:
+        _say(f"warning: {warning}")
 
 
 def _wanted_layout(args: argparse.Namespace, ds01: Allocations) -> Any:
@@ -273,7 +281,8 @@ def _wanted_layout(args: argparse.Namespace, ds01: Allocations) -> Any:
 def _cmd_restore(args: argparse.Namespace, ds01: Allocations) -> int:
     from . import relayout
 
-    restored = relayout.foresee_restore(ds01) if args.dry_run else relayout.restore(ds01, _say)
+    with interruption.as_exception():
+        restored = relayout.foresee_restore(ds01) if args.dry_run else relayout.restore(ds01, _say)
     if args.json:
         _print_json(restored.result())
     else:
@@ -604,6 +613,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to complain at exit
         return EXIT_OK
+    except interruption.Interrupted as exc:
+        _complain("interrupted", f"{exc} What was begun is undone, or was finished: ds01 mig list shows it.")
+        return 128 + exc.signal_number
     except KeyboardInterrupt:
         return EXIT_OK if args.command == "events" else EXIT_INTERRUPTED
     except OSError as exc:

@@ -26,7 +26,7 @@ _LIMITS_HINTS = (
     "Start from config/resource-limits.yaml; nothing is granted without it.",
 )
 _LAYOUTS_HINTS = (
-    "Start from config/mig-layouts.yaml, or name the profiles of each GPU: --gpu 0=3g.40gb,2g.20gb.",
+    "Start from config/mig-layouts.yaml, or name the profiles of each GPU instead.",
     "Start from config/mig-layouts.yaml.",
 )
 _PLAIN_INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import mig
+from . import interruption, mig
 from .errors import Ds01Error
 from .mig import GpuState, Profile, Step
 
@@ -39,6 +39,8 @@ def cutting(pynvml: Any, say: Callable[[str], None]) -> Iterator[Cutter]:
             raise Ds01Error(
                 exc.reason, f"{exc.message} {' '.join(problems)}", exc.hint, **exc.details, undone=False
             ) from None
+        for problem in problems:
+            say(problem)
         raise
 
 
@@ -60,9 +62,11 @@ class Cutter:
         self._undo = undo
 
     def carry_out(self, gpu: GpuState, step: Step) -> None:
-        """One operation of a plan for this GPU; nothing for an instance that stays."""
+        """One operation of a plan for this GPU; nothing for an instance that stays. A deferred interruption
+        counts before it: in the operation it would leave what no undo knows of."""
         if step.action == mig.KEEP:
             return
+        interruption.moment()
         self._say(f"GPU {gpu.index}: {step}")
         if step.placement is None:
             self._set_mode(gpu, step.action == mig.ENABLE)
@@ -218,7 +222,7 @@ class Cutter:
         if exc.value == _IN_USE:
             return self._used(gpu, attempt)
         reason, why, hint = _REASONS.get(
-            exc.value, ("driver_unavailable", str(exc), "Its log (dmesg, nvidia-smi) shows more.")
+            exc.value, ("driver_unavailable", str(exc).rstrip("."), "Its log (dmesg, nvidia-smi) shows more.")
         )
         return Ds01Error(reason, f"{tried}: {why}.", hint, gpu=gpu.index, nvml=exc.value)
 

@@ -70,6 +70,11 @@ def of_projection(container: str, user: str) -> Action:
     return Action("cdi.mended", container, f"The CDI device of {container} was not what the ledger says.", user)
 
 
+def of_service(unit: str) -> Action:
+    """A service that gave way to another MIG mode, and was not started again."""
+    return Action("service.started", unit, f"{unit} was left stopped by a change of the MIG layout that was killed.")
+
+
 def overdue(boxes: Iterable[Box], config: Config, now: datetime) -> Iterator[Action]:
     """The containers whose time is over: made and never started, or stopped long enough ago."""
     for box in boxes:

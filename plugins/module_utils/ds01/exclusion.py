@@ -31,7 +31,7 @@ def alone(path: Path, container: str, timeout: float = TIMEOUT) -> Iterator[None
         files.make_directory(path.parent, 0o750)
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
     except OSError as exc:
-        raise Ds01Error("permission_denied", f"{path} cannot be opened: {exc.strerror}.", "Run as root.") from None
+        raise Ds01Error("permission_denied", f"{path} cannot be opened: {exc.strerror}.", files.remedy(exc)) from None
     try:
         _acquire(lock, container, time.monotonic() + timeout)
         yield

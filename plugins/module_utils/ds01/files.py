@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
@@ -46,6 +47,16 @@ def prepare(path: Path, data: bytes, mode: int, *, durable: bool = False) -> Pat
 def _remove(temporary: Path) -> None:
     with contextlib.suppress(OSError):
         temporary.unlink()
+
+
+def probe(path: Path, data: bytes) -> None:
+    """Whether `data` could take the place of `path`'s content now. Raises OSError, and leaves nothing."""
+    _remove(prepare(path, data, 0o600))
+
+
+def remedy(exc: OSError) -> str:
+    """What helps where a file cannot be written, in a sentence."""
+    return "Free space on that file system." if exc.errno in (errno.ENOSPC, errno.EDQUOT) else "Run as root."
 
 
 def make_directory(path: Path, mode: int) -> None:

@@ -143,7 +143,7 @@ class LedgerStore:
             raise Ds01Error(
                 "permission_denied",
                 f"The state directory {self._path.parent} cannot be written: {exc.strerror}.",
-                "Run as root, or name another directory with DS01_STATE_DIR.",
+                f"{files.remedy(exc)} Or name another directory with DS01_STATE_DIR.",
             ) from None
         try:
             os.fchmod(lock, 0o640)

@@ -75,4 +75,4 @@ def write(path: Path, memory: Memory) -> None:
         files.make_directory(path.parent, 0o750)
         files.replace(path, json.dumps(asdict(memory)).encode(), 0o640)
     except OSError as exc:
-        raise Ds01Error("permission_denied", f"{path} cannot be written: {exc.strerror}.", "Run as root.") from None
+        raise Ds01Error("permission_denied", f"{path} cannot be written: {exc.strerror}.", files.remedy(exc)) from None

@@ -450,7 +450,11 @@ def _untold(gpu: GpuState, who: str, cut: Cut) -> LayoutRefusal | None:
     if not untold:
         return None
     message = f"{who} does not tell where {untold[0]} could be placed{'' if gpu.mig else ' while its MIG mode is off'}."
-    hint = "" if gpu.mig else f"Switch it on first, without instances: ds01 mig apply --gpu {gpu.index}="
+    hint = (
+        ""
+        if gpu.mig
+        else f"Switch it on first, without instances: ds01 mig apply --gpu {gpu.index}= (in a play: gpus)."
+    )
     return LayoutRefusal("layout_impossible", message, hint, gpu=gpu.index)
 
 
@@ -530,11 +534,9 @@ def _blocked(gpu: GpuState, wanted: Cut | Placed, places: Sequence[tuple[str, Ho
     holders = tuple(dict.fromkeys(h for _, h in places))
     ends = [h.until for h in holders]
     used = "; ".join(f"{place} is in use by {h}" for place, h in places)
-    names = [h.container for h in holders]
     return LayoutRefusal(
         "layout_in_use",
         f"GPU {gpu.index} cannot become {wanted}: {used}.",
-        f"To break it all the same, force: {', '.join(names)}." if all(names) else "",
         available_at=max(e for e in ends if e) if all(ends) else None,
         retry=True,
         gpu=gpu.index,

@@ -47,7 +47,7 @@ def session() -> Iterator[Nvml]:
         pynvml.nvmlInit()
     except pynvml.NVMLError as exc:
         code = getattr(exc, "value", None)
-        problem = "libnvidia-ml.so.1 was not found" if code == 12 else str(exc)
+        problem = "libnvidia-ml.so.1 was not found" if code == 12 else str(exc).rstrip(".")
         raise Ds01Error(
             "driver_unavailable",
             f"The NVIDIA driver does not answer on this host: {problem}.",
@@ -385,7 +385,7 @@ def _lost(exc: Exception) -> bool:
 
 def _unreadable(index: int, exc: Exception) -> Ds01Error:
     hint = _INIT_HINTS.get(getattr(exc, "value", None), "nvidia-smi shows more.")
-    return Ds01Error("driver_unavailable", f"GPU {index} cannot be read: {exc}.", hint)
+    return Ds01Error("driver_unavailable", f"GPU {index} cannot be read: {str(exc).rstrip('.')}.", hint)
 
 
 def _profile_name(name: str | bytes) -> str:

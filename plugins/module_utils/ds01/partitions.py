@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -92,7 +92,7 @@ def _short_form(policy: GpuPolicy, gpus: Sequence[GpuState]) -> dict[int, Cut]:
         raise Ds01Error(
             "config_invalid",
             "gpu_allocation.mig_profile names no profile to cut the GPUs into.",
-            "Name one there, or a layout: --layout NAME, --gpu 1=3g.40gb,2g.20gb",
+            "Name one there, or ask for a layout by its name, or for the profiles of each GPU.",
         )
     profile = policy.mig_profile or ""
     return {gpu.index: layouts.filled(gpu, profile) if policy.enable_mig else Cut(False) for gpu in gpus if gpu.capable}
@@ -212,6 +212,7 @@ class Planned:
     """What a change does to this host, so that its GPUs are as `cuts` says.
 
     `services` are stopped meanwhile; `repairs` say what else is not as it should be and will be put right;
+    `warnings` what was asked for and means nothing.
     `over` are allocations that are over anyway, and that `host` is without.
     """
 
@@ -220,6 +221,7 @@ class Planned:
     cuts: Cuts
     services: tuple[str, ...] = ()
     repairs: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     over: tuple[Outcome, ...] = ()
 
     @property
@@ -257,6 +259,7 @@ class Planned:
             "released": list(self.released),
             "given_back": list(self.given_back),
             "repairs": list(self.repairs),
+            "warnings": list(self.warnings) if self.recuts else [],
             "msg": self.summary(),
         }
 
@@ -275,8 +278,8 @@ def planned(host: Host, cuts: Cuts, force: Collection[str] = ()) -> Planned:
         raise invalid_input(f"There is no GPU {missing[0]} here.", f"There are: {', '.join(map(str, sorted(there)))}.")
     found = mig.plan(gpus, cuts, force)
     if found.refusals:
-        raise refusal(found.refusals)
-    plan = Planned(replace(host, gpus=gpus), found.plans, cuts)
+        raise refusal(found.refusals, host, force)
+    plan = Planned(replace(host, gpus=gpus), found.plans, cuts, warnings=tuple(_unknown(host, force)))
     running = sorted(host.running.intersection(plan.released))
     if running:
         raise Ds01Error(
@@ -285,7 +288,23 @@ def planned(host: Host, cuts: Cuts, force: Collection[str] = ()) -> Planned:
     return plan
 
 
-def refusal(refusals: Sequence[mig.LayoutRefusal]) -> Ds01Error:
+def _unknown(host: Host, force: Collection[str]) -> Iterator[str]:
+    """Of those who are named and have nothing, which is most likely a slip of the pen."""
+    return (f"force: no container {name} has a device here." for name in force if name not in host.ledger.allocations)
+
+
+def _remedy(refusals: Iterable[mig.LayoutRefusal], running: Collection[str]) -> str:
+    """What may be forced, if that would do."""
+    holders = [holder for found in refusals for holder in found.blocked_by]
+    names = list(dict.fromkeys(holder.container for holder in holders))
+    run = [name for name in names if name in running]
+    if not all(names) or any(not found.blocked_by for found in refusals):
+        return ""
+    first = f"{', '.join(run)} runs, and force takes no running container's device. {STOP_HINT} " if run else ""
+    return f"{first}To break it all the same, force: {', '.join(names)}."
+
+
+def refusal(refusals: Sequence[mig.LayoutRefusal], host: Host, force: Collection[str] = ()) -> Ds01Error:
     """What is in the way, of each GPU, as one error."""
     first = refusals[0]
     details = [
@@ -308,8 +327,8 @@ def refusal(refusals: Sequence[mig.LayoutRefusal]) -> Ds01Error:
         }
         for r in refusals
     ]
-    message = " ".join(r.message for r in refusals)
-    return Ds01Error(first.reason, message, first.hint, refusals=details)
+    message = " ".join([*(r.message for r in refusals), *_unknown(host, force)])
+    return Ds01Error(first.reason, message, first.hint or _remedy(refusals, host.running), refusals=details)
 
 
 def step_record(step: Step) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from . import (
     exclusion,
     memory,
     metrics,
+    pausing,
     processes,
     publishing,
     slices,
@@ -104,6 +105,8 @@ def reconcile(ds01: Allocations) -> Reconciled:
         known = memory.read(ds01.paths.memory)
         now = known.at(processes.boot_id(), ds01.clock(), memory.since_boot())
         settled: Settled | None = None
+        with run.stage("services"):
+            _resume(ds01, run)
         with run.stage("allocations"):
             settled = ds01.settle()
             run.actions += _of_settled(settled)
@@ -129,6 +132,7 @@ def foresee(ds01: Allocations) -> Reconciled:
     _ = ds01.config
     run = _Run()
     now = memory.read(ds01.paths.memory).at(processes.boot_id(), ds01.clock(), memory.since_boot())
+    run.actions += map(drift.of_service, pausing.left(ds01.paths.paused_services))
     with run.stage("allocations"):
         settled = ds01.foresee_settle()
         found = _strangers(ds01, settled)
@@ -141,6 +145,20 @@ def foresee(ds01: Allocations) -> Reconciled:
         if not engine.disabled():
             run.actions += slices.foresee(ds01.config, slices.users(ds01.engine))
     return run.done()
+
+
+# --- services
+
+
+def _resume(ds01: Allocations, run: _Run) -> None:
+    """Start what a killed change of a GPU's MIG mode left stopped."""
+    resumed = pausing.resume(ds01.paths.paused_services, lambda _: None)
+    for action in map(drift.of_service, resumed.started):
+        ds01.events.write(action.kind, ds01.clock(), unit=action.subject, message=action.message)
+        run.actions.append(action)
+    for problem in resumed.problems:
+        with run.stage("services"):
+            raise problem
 
 
 # --- allocations

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import engine, geometry, mig, nvml, partitions, pausing, processes, records, services, toolkit
+from . import engine, geometry, interruption, mig, nvml, partitions, pausing, processes, records, services, toolkit
 from .cutter import Cutter, cutting
 from .errors import Ds01Error
 from .ledger import Transaction
@@ -44,7 +44,14 @@ def _silent(_: str) -> None:
 def foresee(ds01: Allocations, wanted: Wanted, force: Collection[str] = ()) -> Planned:
     """What `apply` would do now. Writes nothing; raises Ds01Error with what is in the way."""
     with nvml.session() as driver:
-        return _foresee(ds01, driver, ds01.store.read(), wanted, force)
+        planned = _foresee(ds01, driver, ds01.store.read(), wanted, force)
+    left = _left_stopped(pausing.left(ds01.paths.paused_services))
+    return replace(planned, repairs=(*left, *planned.repairs))
+
+
+def _left_stopped(units: Iterable[str]) -> Iterator[str]:
+    """What a killed run left stopped, as repairs."""
+    return (f"{unit} was left stopped by a run that was killed" for unit in units)
 
 
 def apply(ds01: Allocations, wanted: Wanted, force: Collection[str] = (), say: Say = _silent) -> Planned:
@@ -53,14 +60,19 @@ def apply(ds01: Allocations, wanted: Wanted, force: Collection[str] = (), say: S
     refuses."""
     if not engine.disabled() and ds01.store.lost():
         ds01.rebuild()  # an empty ledger protects nobody
-    pausing.resume(ds01.paths.paused_services, say)
+    resumed = pausing.resume(ds01.paths.paused_services, say)
+    planned = _apply(ds01, wanted, force, say)
+    return replace(planned, repairs=(*_left_stopped(resumed.started), *planned.repairs))
+
+
+def _apply(ds01: Allocations, wanted: Wanted, force: Collection[str], say: Say) -> Planned:
     with nvml.session() as driver:
         first = ds01.store.read()
         planned = _foresee(ds01, driver, first, wanted, force)
         if not planned.changed:
             return planned
-        if _has_toolkit() and planned.recuts:
-            toolkit.check()
+        if planned.recuts:
+            _check_writable(ds01)
         with pausing.paused(planned.services, ds01.paths.paused_services, say), ds01.store.transaction() as transaction:
             if transaction.ledger.generation < first.generation:
                 raise Ds01Error(
@@ -151,6 +163,13 @@ def _spec_problem(ds01: Allocations, inventory: Inventory) -> str | None:
     return "NVIDIA's CDI spec has devices that are gone." if stale else ds01.cdi.problem(uuids, spec)
 
 
+def _check_writable(ds01: Allocations) -> None:
+    """Before anything is begun: whether what depends on a layout could be written. Raises Ds01Error."""
+    ds01.saved_layout.check()
+    if _has_toolkit():
+        toolkit.check(ds01.cdi.nvidia_targets())
+
+
 def _has_toolkit() -> bool:
     """Without an engine nothing is projected, and nobody misses the toolkit."""
     return toolkit.installed() or not engine.disabled()
@@ -162,15 +181,13 @@ def cut_on_demand(
     """Cut GPUs for requests that were decided under this lock; the devices afterwards. Raises Ds01Error as
     `cut` does."""
     planned = partitions.planned(partitions.host(ds01, driver, transaction.ledger, seen), cuts)
-    if _has_toolkit():
-        toolkit.check()
+    _check_writable(ds01)
     return cut(ds01, driver, transaction, planned)
 
 
 def mend(ds01: Allocations, driver: nvml.Nvml, transaction: Transaction) -> None:
     """Put right what depends on the layout, as a run that was killed leaves it. Raises Ds01Error."""
-    if _has_toolkit():
-        toolkit.check()
+    _check_writable(ds01)
     spec = ds01.cdi.nvidia_spec() or {}
     known = {device.get("name") for device in spec.get("devices", ())}
     cut_by_it = {device.gpu_uuid for device in driver.inventory().devices if device.uuid not in known}
@@ -180,31 +197,64 @@ def mend(ds01: Allocations, driver: nvml.Nvml, transaction: Transaction) -> None
 # --- under the lock
 
 
+@interruption.deferred()
 def cut(
     ds01: Allocations, driver: nvml.Nvml, transaction: Transaction, planned: Planned, say: Say = _silent
 ) -> Inventory:
     """Carry a plan out, and put right what depends on it; the devices afterwards. Under the ledger's lock.
 
-    Raises Ds01Error with the layout, the ledger and the CDI devices as they were.
+    Raises Ds01Error with the layout, the ledger and the CDI devices as they were, and so an interruption: it
+    counts before each step, and not between the steps and what depends on them.
     """
-    before, broken = transaction.ledger, set(planned.released)
+    before, saved, broken = transaction.ledger, ds01.saved_layout.read(), set(planned.released)
     if broken:  # out of reach first: nobody starts on a device that is about to go
         ds01.carry_out(transaction, before.without(*broken), ds01.clock(), broken, stopped=broken)
     gpus, devices = {gpu.index: gpu for gpu in planned.host.gpus}, planned.host.inventory.devices
+    changed, begun = [gpus[index].uuid for index in planned.cuts], transaction.ledger
+    unsettled: Ds01Error | None = None
     try:
         with cutting(driver.library, say) as cutter:
             _carry_out(cutter, driver, planned)
+            inventory = _describe(ds01, driver, changed)
+            _check_described(ds01, inventory)
+            try:
+                _follow(ds01, transaction, before, broken, inventory)
+            except Ds01Error as exc:
+                if transaction.ledger == begun:
+                    raise
+                unsettled = exc  # the ledger has it: now the GPUs have to stay so
     except BaseException as exc:
-        # What was undone is back in its place, under another name.
-        with contextlib.suppress(Ds01Error):
-            _renew(ds01, transaction, devices, _settle(ds01, driver, transaction, before, broken))
+        _undo(ds01, driver, transaction, before, saved, broken, devices)
         _record_refusal(ds01, planned, exc)
         raise _with_clients(exc, planned.host) from None
     _record(ds01, planned, before)
-    changed = [gpus[index].uuid for index in planned.cuts]
-    inventory = _settle(ds01, driver, transaction, before, broken, changed)
+    if unsettled:
+        raise Ds01Error(
+            unsettled.reason,
+            f"The GPUs are cut as wanted, and the ledger has it, but: {unsettled.message}",
+            unsettled.hint,
+            **unsettled.details,
+        )
     _renew(ds01, transaction, devices, inventory)
     return inventory
+
+
+def _undo(
+    ds01: Allocations,
+    driver: nvml.Nvml,
+    transaction: Transaction,
+    before: Ledger,
+    saved: SavedLayout,
+    broken: Collection[str],
+    devices: Sequence[Device],
+) -> None:
+    """As far as it can be: what was made again is in its place, under another name."""
+    for act in (
+        lambda: ds01.saved_layout.write(saved),
+        lambda: _renew(ds01, transaction, devices, _settle(ds01, driver, transaction, before, broken)),
+    ):
+        with contextlib.suppress(Ds01Error):
+            act()
 
 
 def _renew(ds01: Allocations, transaction: Transaction, before: Sequence[Device], after: Inventory) -> None:
@@ -221,22 +271,24 @@ def _carry_out(cutter: Cutter, driver: nvml.Nvml, planned: Planned) -> None:
     if planned.switched:  # a GPU tells where its profiles may be only once its mode is on: from here on that counts
         switched = {gpu.index: planned.cuts[gpu.index] for gpu in planned.switched}
         gpus |= {gpu.index: gpu for gpu in driver.layout(driver.inventory()) if gpu.index in switched}
-        plans = (*(p for p in plans if p.gpu not in switched), *_plans(gpus.values(), switched))
+        plans = (*(p for p in plans if p.gpu not in switched), *_plans(planned.host, gpus.values(), switched))
     for step in (s for p in plans for s in p.changes if s.action == mig.CREATE):
         cutter.carry_out(gpus[step.gpu], step)
-    _verify(driver, planned.cuts)
+    _verify(driver, planned)
 
 
-def _plans(gpus: Iterable[GpuState], cuts: Cuts) -> Sequence[mig.Plan]:
+def _plans(host: Host, gpus: Iterable[GpuState], cuts: Cuts) -> Sequence[mig.Plan]:
     found = mig.plan(gpus, cuts)
     if found.refusals:
-        raise partitions.refusal(found.refusals)
+        raise partitions.refusal(found.refusals, host)
     return found.plans
 
 
-def _verify(driver: nvml.Nvml, cuts: Cuts) -> None:
+def _verify(driver: nvml.Nvml, planned: Planned) -> None:
     """Read back: success is what the driver shows, not what it answered."""
-    left = [step for plan in _plans(driver.layout(driver.inventory()), cuts) for step in plan.changes]
+    left = [
+        step for plan in _plans(planned.host, driver.layout(driver.inventory()), planned.cuts) for step in plan.changes
+    ]
     if left:
         raise Ds01Error(
             "layout_impossible",
@@ -263,24 +315,38 @@ def _settle(
     containers that may have lost devices by it, `changed` the UUIDs of the GPUs whose layout is DS01's
     from now on.
     """
+    inventory = _describe(ds01, driver, changed)
+    if transaction:
+        _follow(ds01, transaction, before, broken, inventory)
+    _check_described(ds01, inventory)
+    return inventory
+
+
+def _describe(ds01: Allocations, driver: nvml.Nvml, changed: Collection[str]) -> Inventory:
+    """The saved layout, nodes and NVIDIA's spec."""
     inventory = driver.inventory()
     gpus = [gpu for gpu in driver.layout(inventory) if gpu.uuid in changed]
     ds01.saved_layout.write(_noted(ds01.saved_layout.read(), gpus))
     if _has_toolkit() and _spec_problem(ds01, inventory):
         toolkit.refresh(ds01.cdi.nvidia_targets())
-    if transaction:
-        final = resolved(before, inventory)
-        final = final.without(*(c for c in broken if _lost_devices(final, c, inventory)))
-        if final.allocations:
-            final = replace(final, boot_id=processes.boot_id())
-        ds01.reproject(transaction, final, ds01.clock(), inventory)
-    if _has_toolkit() and (problem := _spec_problem(ds01, inventory)):
-        raise Ds01Error(
-            "driver_unavailable",
-            f"The GPUs are cut as wanted, but {problem}",
-            "Until it is written, the new devices are offered to nobody. Try: nvidia-smi -L; nvidia-ctk cdi generate",
-        )
     return inventory
+
+
+def _follow(
+    ds01: Allocations, transaction: Transaction, before: Ledger, broken: Collection[str], inventory: Inventory
+) -> None:
+    """The ledger and the CDI devices."""
+    final = resolved(before, inventory)
+    final = final.without(*(c for c in broken if _lost_devices(final, c, inventory)))
+    if final.allocations:
+        final = replace(final, boot_id=processes.boot_id())
+    ds01.reproject(transaction, final, ds01.clock(), inventory)
+
+
+def _check_described(ds01: Allocations, inventory: Inventory) -> None:
+    """Whether NVIDIA's spec is that of the devices, now that it was written. Raises Ds01Error."""
+    if _has_toolkit() and (problem := _spec_problem(ds01, inventory)):
+        raise Ds01Error("driver_unavailable", problem, "Try: nvidia-smi -L; nvidia-ctk cdi generate")
 
 
 def _with_clients(exc: BaseException, host: Host) -> BaseException:
@@ -374,6 +440,7 @@ def foresee_restore(ds01: Allocations) -> Restored:
     return Restored(tuple(plans.values()), host.inventory, tuple(problems))
 
 
+@interruption.deferred()
 def restore(ds01: Allocations, say: Say = _silent) -> Restored:
     """Cut every GPU again as it was saved, in the same places, and project the ledger on what is there then.
 

@@ -6,8 +6,9 @@ GPU shows is not what it should be, and nobody is given a part of it.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from .mig import GpuState, Placed
 
 _T = TypeVar("_T")
+
+_ROOM = 64 * 1024
+"""Bytes: more than sixteen GPUs of seven instances take, with their ledger."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +81,25 @@ class SavedLayoutStore:
         """Replace the file durably. Raises Ds01Error `ledger_unavailable`."""
         if saved == self.read():
             return
-        try:
+        with self._writing():
             files.make_directory(self._path.parent, 0o750)
             files.replace(self._path, _to_json(saved), 0o640, durable=True)
+
+    def check(self) -> None:
+        """Raises Ds01Error as `write` would if it wrote so many GPUs now, and some more."""
+        with self._writing():
+            files.make_directory(self._path.parent, 0o750)
+            files.probe(self._path, _to_json(self.read()).ljust(_ROOM))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as exc:
             raise Ds01Error(
                 "ledger_unavailable",
                 f"The saved MIG layout {self._path} could not be written: {exc.strerror}.",
-                "Free space on that file system, then apply the layout again.",
+                f"{files.remedy(exc)} Then apply the layout again.",
             ) from None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from . import files
@@ -25,9 +25,12 @@ def installed() -> bool:
     return shutil.which("nvidia-ctk") is not None
 
 
-def check() -> None:
-    """Raises Ds01Error `driver_unavailable` where no spec could be written now, such as while a GPU is lost."""
-    _generate("yaml")
+def check(spec_files: Iterable[Path]) -> None:
+    """Raises Ds01Error `driver_unavailable` where no spec could be made now, such as while a GPU is lost, or
+    `permission_denied` where it could not be written into one of these files."""
+    text = _generate("yaml")
+    for file in spec_files:
+        _write(files.probe, file, text or "")
 
 
 def refresh(spec_files: Iterable[Path]) -> None:
@@ -44,7 +47,7 @@ def refresh(spec_files: Iterable[Path]) -> None:
             texts[kind] = _generate(kind)
         text = texts[kind]
         if text is not None and not (file.exists() and file.read_text(encoding="utf-8") == text):
-            _write(file, text)
+            _write(_replace, file, text)
 
 
 def _generate(kind: str) -> str | None:
@@ -57,19 +60,23 @@ def _generate(kind: str) -> str | None:
         return None
     raise Ds01Error(
         "driver_unavailable",
-        f"NVIDIA's CDI spec cannot be written: {_last_line(done.stderr)}",
+        f"NVIDIA's CDI spec cannot be written: {_last_line(done.stderr).rstrip('.')}.",
         f"Try: {' '.join(argv)}",
     )
 
 
-def _write(file: Path, text: str) -> None:
+def _write(write: Callable[[Path, bytes], None], file: Path, text: str) -> None:
     try:
         files.make_directory(file.parent, 0o755)
-        files.replace(file, text.encode(), 0o644)
+        write(file, text.encode())
     except OSError as exc:
         raise Ds01Error(
-            "permission_denied", f"NVIDIA's CDI spec {file} cannot be written: {exc.strerror}.", "Run as root."
+            "permission_denied", f"NVIDIA's CDI spec {file} cannot be written: {exc.strerror}.", files.remedy(exc)
         ) from None
+
+
+def _replace(file: Path, data: bytes) -> None:
+    files.replace(file, data, 0o644)
 
 
 def _run(*argv: str) -> subprocess.CompletedProcess[str]:
