@@ -431,6 +431,18 @@ def test_what_was_done_is_told_where_the_memory_cannot_be_kept(server: Server, m
     server.world.slots[0].foreign_process = False
 
 
+def test_a_log_that_cannot_be_written_is_told_and_keeps_nobody_from_work(server: Server) -> None:
+    server.passes(HOUR)
+    log = server.host.events.read_bytes()
+    server.host.events.unlink()
+    server.host.events.mkdir()
+    found = reconcile.reconcile(server.ds01)
+    assert said(found) == ["gpu.released q._.bob"]
+    assert [problem["stage"] for problem in found.problems] == ["events"]
+    server.host.events.rmdir()
+    server.host.events.write_bytes(log)
+
+
 def _refuses(*_: Any) -> None:
     raise Ds01Error("permission_denied", "The disk is full.")
 
