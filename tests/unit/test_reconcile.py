@@ -515,8 +515,9 @@ def test_what_somebody_else_has_is_said(server: Server) -> None:
 
 def test_a_container_outside_is_stopped_where_that_is_wanted(server: Server, ended: list[Any]) -> None:
     server.policies(unmanaged="stop")
-    foreign(server, "trainer", "0", "1:2")
-    message = "Container trainer (--gpus device=0,1:2) is stopped: it uses 0, 1:2 without DS01."
+    (device,) = (d for d in server.world.inventory.devices if d.id == "1:2")
+    foreign(server, "trainer", "0", device.uuid)
+    message = f"Container trainer (--gpus device=0,{device.uuid}) is stopped: it uses 0, 1:2 without DS01."
     assert "unmanaged.stopped trainer" in server.foreseen()
     assert server.world.boxes["trainer"].runs
     assert message in seen(server)

@@ -307,6 +307,9 @@ class _Session:
     def processes(self, inventory: Inventory) -> dict[str, tuple[int, ...]]:
         return self._world.processes(inventory)
 
+    def capabilities(self, _inventory: Inventory) -> dict[str, int]:
+        return {}
+
     def uses(self, inventory: Inventory) -> dict[str, DeviceUse]:
         """Nobody computes; who is idle is policies' own tests' matter."""
         return {device.uuid: DeviceUse() for device in inventory.devices}
