@@ -19,6 +19,7 @@ from typing import Any
 
 import decision
 import processes
+import reconciling
 import relayout
 import servers
 from tabulate import tabulate
@@ -29,6 +30,7 @@ PARTS: Mapping[str, tuple[Callable[[int], Iterator[Section]], int, int]] = {
     "decision": (decision.decision, 300, 30),
     "allocate": (processes.allocate, 15, 3),
     "contention": (processes.contention, 5, 1),
+    "reconcile": (reconciling.reconcile, 15, 3),
     "relayout": (relayout.relayout, 500, 30),
     "servers": (servers.servers, 9, 3),
 }

@@ -43,7 +43,7 @@ def _alone(here: world.Installation, number: int, rounds: int, more: Sequence[Ca
         cases = [
             Case("DS01", name, lambda: here.ds01("allocate", *who), release),
             Case("DS01", "of that, the lock held", lambda: _held(here, "allocate", *who), release),
-            *_interpreters(here, name),
+            *interpreters(here, name),
             Case("floor", "4 KB written and fsynced", write, against=name),
             *(Case(c.kind, c.name, c.run, against=name) for c in more),
         ]
@@ -61,7 +61,7 @@ def _held(here: world.Installation, *words: str) -> Sample:
     return Sample(float(wall), float(cpu))
 
 
-def _interpreters(here: world.Installation, against: str) -> list[Case]:
+def interpreters(here: world.Installation, against: str) -> list[Case]:
     python = lambda code: world.run([PYTHON, "-c", code], here.env)  # noqa: E731
     return [
         Case("floor", "the interpreter, nothing imported", lambda: python("pass"), against=against),

@@ -161,17 +161,21 @@ def containers(engine: str, number: int) -> Iterator[list[str]]:
     client = docker.APIClient(base_url=engine, version="auto", timeout=60)
     prefix = f"ds01-bench-{os.getpid()}"
     image = f"{prefix}:latest"
-    names = [f"{prefix}-{index}" for index in range(number)]
+    owners = [f"user{index % 30}" for index in range(number)]
+    names = [f"{prefix}-{index}._.{owner}" for index, owner in enumerate(owners)]
     say(f"== {number} containers on the engine, created and not started")
     with contextlib.ExitStack() as stack:
         stack.callback(client.close)
         client.import_image_from_data(_small_archive(), repository=prefix, tag="latest")
         stack.callback(client.remove_image, image, force=True)
-        for index, name in enumerate(names):
-            labels = {"ds01.managed": "true", "ds01.user": f"user{index % 30}", "ds01.gpus": "1"}
+        for name, owner in zip(names, owners, strict=True):
+            labels = {**_LABELS, "ds01.user": owner, "ds01.project": name.partition("._.")[0]}
             client.create_container(image, command=["/none"], name=name, labels=labels)
             stack.callback(client.remove_container, name, force=True)
         yield names
+
+
+_LABELS = {"ds01.managed": "true", "ds01.gpus": "0", "ds01.allocation": ""}
 
 
 def _small_archive() -> bytes:
@@ -191,6 +195,15 @@ class LabHost:
     def playbook(self, path: str | Path, **variables: str) -> str:
         extra = [word for key, value in variables.items() for word in ("-e", f"{key}={value}")]
         return run([ROOT / ".venv" / "bin" / "ansible-playbook", path, *extra], self.env)
+
+    def limits(self, **keys: Any) -> Path:
+        """The repository's limits with some of the keys changed, for everybody."""
+        limits = yaml.safe_load((ROOT / "config" / "resource-limits.yaml").read_text(encoding="utf-8"))
+        for layer in (limits["defaults"], *limits["groups"].values()):
+            layer.update(keys)
+        path = INVENTORY.parent / "resource-limits.yaml"
+        path.write_text(yaml.safe_dump(limits), encoding="utf-8")
+        return path
 
     def command(self, line: str) -> str:
         """A shell line over a connection that stays open, as Ansible's does."""

@@ -213,6 +213,13 @@ def test_config_check_reads_the_layouts_beside_it(limits: Host, capsys: pytest.C
     code, out, _ = run(capsys, "config", "check")
     assert (code, out.splitlines()[1]) == (0, f"{beside}: valid (1 MIG layouts).")
 
+    divided = "{devices: all, mig-enabled: true, mig-devices: {1c.2g.20gb: 1}}"
+    beside.write_text(f"version: v1\nmig-configs: {{divided: [{divided}]}}\n", encoding="utf-8")
+    code, out, _ = run(capsys, "config", "check")
+    assert (code, out.splitlines()[1]) == (0, f"{beside}: valid (1 MIG layouts).")
+    assert out.splitlines()[2].startswith("mig-configs.divided.0.mig-devices.1c.2g.20gb: DS01 makes one compute")
+    assert run(capsys, "config", "check", "--strict")[0] == 1
+
     beside.write_text("version: v1\nmig-configs: {on: [{devices: all, mig-enabled: true}]}\n", encoding="utf-8")
     code, out, err = run(capsys, "config", "check")
     assert (code, out) == (2, "")

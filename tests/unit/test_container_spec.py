@@ -240,3 +240,62 @@ def test_prompt_and_aliases_survive_quotes() -> None:
     text = content("/etc/ds01/shellrc", ContainerDefaults(aliases={"say": "echo 'it'; rm -rf \"$X\""}))
     assert "[my-project] " in text
     assert """alias say='echo '"'"'it'"'"'; rm -rf "$X"'""" in text
+
+
+def made_from(spec: dict[str, Any], **host: Any) -> dict[str, Any]:
+    """What an engine says of a container that was made from this: with the image's variables, and its own defaults."""
+    defaults = {"Memory": 0, "CpuQuota": 0, "PidsLimit": None, "ShmSize": 64 << 20, "PortBindings": {}}
+    return {**spec, "Env": [*spec["Env"], "PATH=/bin"], "HostConfig": {**defaults, **spec["HostConfig"], **host}}
+
+
+DIFFERENCES: dict[str, tuple[ContainerRequest, dict[str, Any]]] = {
+    "nothing": (REQUEST, {}),
+    "another image": (replace(REQUEST, image="img:2"), {"image": {"is": "img:1", "wanted": "img:2"}}),
+    "no device": (replace(REQUEST, gpus=0), {"gpus": {"is": 1, "wanted": 0}}),
+    "a profile": (replace(REQUEST, profile="full"), {"profile": {"is": None, "wanted": "full"}}),
+    "another network": (
+        replace(REQUEST, network_mode="none"),
+        {"network_mode": {"is": "bridge", "wanted": "none"}},
+    ),
+    "a port": (
+        replace(REQUEST, ports=["127.0.0.1:80:8888"]),
+        {"ports": {"is": [], "wanted": ["127.0.0.1:80:8888/tcp"]}},
+    ),
+    "a variable, without its value": (
+        replace(REQUEST, env={"TOKEN": "secret"}),
+        {"env": {"is": "other values", "wanted": ["TOKEN"]}},
+    ),
+}
+
+
+@pytest.mark.parametrize(("request_", "expected"), DIFFERENCES.values(), ids=DIFFERENCES.keys())
+def test_what_a_container_differs_in_is_named(request_: ContainerRequest, expected: dict[str, Any]) -> None:
+    assert container_spec.differences(made_from(body()), body(request_)) == expected
+
+
+def test_limits_that_differ_are_named_as_in_the_limits_file() -> None:
+    found = container_spec.differences(
+        made_from(body(limits=limits_of(max_cpus=2, memory="64g", pids_limit=9))),
+        body(limits=limits_of(max_cpus=2.5, memory="1536m", pids_limit=None)),
+    )
+    assert found["max_cpus"] == {"is": 2.0, "wanted": 2.5}
+    assert found["memory"] == {"is": "64g", "wanted": "1536m"}
+    assert found["pids_limit"] == {"is": 9, "wanted": None}
+
+
+def test_a_container_that_went_away_differs_in_nothing_that_could_be_named() -> None:
+    assert container_spec.differences({}, body()) == {}
+
+
+@pytest.mark.parametrize("path", ["/home/alice", "/opt/conda/", "/srv//x/../y"])
+def test_a_path_that_can_be_kept(path: str) -> None:
+    assert container_spec.check_keep(path) == {"/opt/conda/": "/opt/conda", "/srv//x/../y": "/srv/y"}.get(path, path)
+
+
+@pytest.mark.parametrize(
+    "path", ["", "/", "//", "home/alice", "/home/..", "/workspace", "/workspace/x", "/proc/1", "/dev", "/x/../sys"]
+)
+def test_a_path_that_cannot_be_kept(path: str) -> None:
+    with pytest.raises(Ds01Error) as caught:
+        container_spec.check_keep(path)
+    assert caught.value.reason == "invalid_input"

@@ -60,8 +60,14 @@ FORMS = {
         'devices: [0, 1], mig-enabled: true, mig-devices: {"1g.10gb": 7}',
         {0: "7 x 1g.10gb", 1: "7 x 1g.10gb"},
     ),
-    "an index that this host does not have": (
-        "devices: [1, 7], mig-enabled: true, mig-devices: {2g.20gb: 3}",
+    "indices of another host, for its models": (
+        """devices: [1], mig-enabled: true, mig-devices: {2g.20gb: 3}
+           device-filter: "0x233010DE", devices: [0, 7], mig-enabled: true, mig-devices: {1g.10gb: 7}""",
+        {1: "3 x 2g.20gb"},
+    ),
+    "compute instances' profiles, none of one or for another host": (
+        """devices: [1], mig-enabled: true, mig-devices: {2g.20gb: 3, 1c.2g.20gb: 0}
+           device-filter: "0x233010DE", devices: all, mig-enabled: true, mig-devices: {1c.2g.20gb: 7}""",
         {1: "3 x 2g.20gb"},
     ),
     "by a filter": (
@@ -152,6 +158,14 @@ WRONG = {
         "devices: all, mig-enabled: true, mig-devices: {1c.2g.20gb: 2}",
         "mig-configs.x.0.mig-devices.1c.2g.20gb: DS01 makes one compute instance",
     ),
+    "a GPU that this host does not have": (
+        "devices: [1, 7], mig-enabled: true, mig-devices: {2g.20gb: 3}",
+        "mig-configs.x.0.devices: there is no GPU 7 here; there are: 0, 1, 2, 3.",
+    ),
+    "the same with a filter": (
+        'device-filter: "0x20B710DE", devices: [2, 5, 7], mig-enabled: true, mig-devices: {4g.24gb: 1}',
+        "mig-configs.x.0.devices: there is no GPU 5, 7 here",
+    ),
     "a negative number": (
         "devices: all, mig-enabled: true, mig-devices: {1g.10gb: -1}",
         "mig-configs.x.0.mig-devices.1g.10gb: -1 is not allowed here; expected how many",
@@ -204,6 +218,30 @@ def test_a_file_that_is_none(content: str, message: str, file: Path) -> None:
 def test_a_file_that_is_not_there(file: Path) -> None:
     with pytest.raises(Ds01Error, match=r"cannot be read \(No such file"):
         config.load_layouts(file)
+
+
+def test_a_layout_that_cannot_be_made_keeps_no_other_from_it(file: Path) -> None:
+    """A file that mig-parted used, with compute instances in one of its layouts."""
+    file.write_text(
+        """version: v1
+mig-configs:
+  all-2g: [{devices: all, mig-enabled: true, mig-devices: {2g.20gb: 3}}]
+  divided:
+  - {devices: [0], mig-enabled: true, mig-devices: {1c.2g.20gb: 2, 2g.20gb: 1}}
+  - {devices: [9], mig-enabled: false}
+  far: [{device-filter: "0x233010DE", devices: [9], mig-enabled: false}]
+"""
+    )
+    found = config.load_layouts(file)
+    assert layouts.select(found, "all-2g", HOST[:1]) == {0: Cut(True, ("2g.20gb",) * 3)}
+    with pytest.raises(Ds01Error, match="one compute instance over the whole"):
+        layouts.select({"divided": found["divided"][:1]}, "divided", HOST)
+    divided = ("mig-configs.divided.0.mig-devices.1c.2g.20gb", f"{layouts._DIVIDED}.")
+    assert layouts.findings(found) == [divided]
+    assert layouts.findings(found, [0, 1]) == [
+        divided,
+        ("mig-configs.divided.1.devices", "there is no GPU 9 here; there are: 0, 1."),
+    ]
 
 
 def test_a_layout_that_is_not_there(file: Path) -> None:

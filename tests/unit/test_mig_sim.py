@@ -116,6 +116,7 @@ def test_list_is_read_at_a_glance(server: Server) -> None:
     assert result.out.startswith(
         """\
 GPU 0  NVIDIA A100-SXM4-80GB, MIG off
+  with MIG on up to: 7 x 1g.10gb, 3 x 2g.20gb, 2 x 3g.40gb, 1 x 4g.40gb, 1 x 7g.80gb, 1 x 1g.10gb+me, 4 x 1g.20gb
 
 GPU 1  NVIDIA A100-SXM4-80GB, MIG on
   |2g.20gb        |1g+me  |.......|3g.40gb                        |
@@ -124,6 +125,7 @@ GPU 1  NVIDIA A100-SXM4-80GB, MIG on
   fits beside: 1g.10gb at 3
 
 GPU 2  NVIDIA A30, MIG off
+  with MIG on up to: 4 x 1g.6gb, 2 x 2g.12gb, 1 x 4g.24gb, 1 x 1g.6gb+me, 1 x 2g.12gb+me
 
 GPU 3  NVIDIA L40S, no MIG
 
@@ -144,6 +146,8 @@ def test_list_in_json(server: Server) -> None:
         (3, False, False),
     ]
     assert found["gpus"][1]["possible"] == {"1g.10gb": [3]}
+    assert found["gpus"][0]["possible"] == {}
+    assert found["gpus"][0]["profiles"]["3g.40gb"] == found["gpus"][1]["profiles"]["3g.40gb"] == 2
     assert (found["gpus"][1]["memory_slices"], found["gpus"][1]["model"]) == (8, "0x20B210DE")
     uuids = {d["id"]: d["uuid"] for d in server.ds01("status", "--json").json["devices"]}
     assert [
@@ -161,6 +165,7 @@ def test_a_process_outside_ds01_is_shown(server: Server) -> None:
     (row,) = [i for i in server.ds01("mig", "list", "--json").json["instances"] if i["id"] == "1:0"]
     assert (row["status"], row["container"]) == ("occupied", None)
     assert "4711" in row["occupied_by"]
+    assert f"\n1:0 is used by {row['occupied_by']}." in server.ds01("mig", "list").out
     refused = server.ds01("mig", "plan", "--gpu", "1=7g.80gb")
     assert refused.code == 1
     assert "4711" in refused.err
@@ -203,6 +208,28 @@ def test_a_pending_mode_is_told(server: Server) -> None:
     server.simulate("process=0:4711")
     inside(server, "pynvml.nvmlDeviceSetMigMode(pynvml.nvmlDeviceGetHandleByIndex(0), 1)")
     assert "GPU 0  NVIDIA A100-SXM4-80GB, MIG off (on after the next reset)" in server.ds01("mig", "list").out
+
+
+def test_a_gpu_with_a_pending_mode_is_offered_to_nobody(server: Server) -> None:
+    """The next reset, with the driver's next start or anybody's, takes what was granted."""
+    server.simulate("process=0:4711", "process=1.0:4712")
+    wish = "pynvml.nvmlDeviceSetMigMode(pynvml.nvmlDeviceGetHandleByIndex({}), {})"
+    inside(server, f"{wish.format(0, 1)}; {wish.format(1, 0)}")
+    server.simulate("exit=0:4711", "exit=1.0:4712")
+    gpus = server.ds01("status", "--json").json["gpus"]
+    assert [(gpu["health"], gpu["health_reason"]) for gpu in gpus[:2]] == [
+        ("suspect", "its MIG mode will be on after its next reset, which takes its devices"),
+        ("suspect", "its MIG mode will be off after its next reset, which takes its devices"),
+    ]
+    refused = server.ds01("allocate", "--user", "alice", "--container", "p", "--profile", "2g.20gb")
+    assert refused.code == 1
+    assert "gpu_unhealthy: No healthy 2g.20gb" in refused.err
+    assert "1:1 (suspect)" in refused.err
+    others = [server.allocate(user, "p", "--profile", "full").json["allocation"]["gpu_id"] for user in ("bob", "dan")]
+    assert others == ["2", "3"]
+    inside(server, f"{wish.format(0, 0)}; {wish.format(1, 1)}")
+    assert {gpu["health"] for gpu in server.ds01("status", "--json").json["gpus"]} == {"ok"}
+    assert server.allocate("alice", "p", "--profile", "full").json["allocation"]["gpu_id"] == "0"
 
 
 # --- plan

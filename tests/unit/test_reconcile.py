@@ -167,6 +167,23 @@ def a_cdi_file_is_forged(server: Server) -> list[str]:
     return ["cdi.mended q._.bob"]
 
 
+def a_cdi_file_is_edited(server: Server) -> list[str]:
+    """Its UUIDs stay, its nodes are others'."""
+    path = server.world.cdi / "ds01-p._.alice.json"
+    text = path.read_text(encoding="utf-8")
+    assert "/dev/nvidia1" in text
+    path.write_text(text.replace("/dev/nvidia1", "/dev/nvidia0"), encoding="utf-8")
+    return ["cdi.mended p._.alice"]
+
+
+def the_driver_is_another(server: Server) -> list[str]:
+    """NVIDIA's spec was written anew, with other libraries."""
+    path = server.world.nvidia_cdi / "nvidia.json"
+    spec = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**spec, "containerEdits": {"env": ["NEW=1"]}}), encoding="utf-8")
+    return ["cdi.mended p._.alice", "cdi.mended q._.bob"]
+
+
 def a_cdi_file_of_nobody(server: Server) -> list[str]:
     alices = (server.world.cdi / "ds01-p._.alice.json").read_text(encoding="utf-8")
     (server.world.cdi / "ds01-x._.eve.json").write_text(alices.replace("p._.alice", "x._.eve"), encoding="utf-8")
@@ -225,6 +242,8 @@ HAPPENED: list[Callable[[Server], list[str]]] = [
     every_cdi_file_is_gone,
     a_cdi_file_is_cut_off,
     a_cdi_file_is_forged,
+    a_cdi_file_is_edited,
+    the_driver_is_another,
     a_cdi_file_of_nobody,
     stopped_long_ago,
     stopped_not_so_long_ago,
@@ -429,6 +448,18 @@ def test_what_was_done_is_told_where_the_memory_cannot_be_kept(server: Server, m
     assert [problem["stage"] for problem in found.problems] == ["memory"]
     assert found.result()["problems"][0]["reason"] == "permission_denied"
     server.world.slots[0].foreign_process = False
+
+
+def test_a_log_that_cannot_be_written_is_told_and_keeps_nobody_from_work(server: Server) -> None:
+    server.passes(HOUR)
+    log = server.host.events.read_bytes()
+    server.host.events.unlink()
+    server.host.events.mkdir()
+    found = reconcile.reconcile(server.ds01)
+    assert said(found) == ["gpu.released q._.bob"]
+    assert [problem["stage"] for problem in found.problems] == ["events"]
+    server.host.events.rmdir()
+    server.host.events.write_bytes(log)
 
 
 def _refuses(*_: Any) -> None:

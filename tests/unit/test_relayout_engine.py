@@ -41,7 +41,7 @@ class Docker:
         finished = datetime.now(timezone.utc) - timedelta(minutes=1)
         state = {"Status": self.status[name], "FinishedAt": finished.isoformat()}
         config = {"Image": "image", "Labels": self.labels[name]}
-        return {"Id": f"id-{name}", "Name": f"/{name}", "State": state, "Config": config}
+        return {"Id": f"id-{name}", "Name": f"/{name}", "Image": "sha256:image", "State": state, "Config": config}
 
     def info(self) -> dict[str, str]:
         return {"ID": "this engine"}

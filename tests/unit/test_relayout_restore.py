@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from ds01 import overview, partitions, publishing
 from sim_server import Server, Start, needs_sim, start  # noqa: F401 - start is a fixture
 
 pytestmark = needs_sim
@@ -87,6 +88,27 @@ def test_a_gpu_that_is_lost_at_boot(server: Server) -> None:
     assert server.restore().problems == ()
     assert server.cuts() == cuts
     server.check_all_done()
+
+
+def test_status_finds_devices_by_their_places(server: Server) -> None:
+    """The layout is back, and the ledger has the UUIDs of before: the restore could not write it, or somebody
+    else's tool cut the GPUs."""
+    ledger = server.host.ledger.read_bytes()
+    server.boot("swap=0:1")
+    server.restore()
+    server.simulate("lost=0")
+    server.host.ledger.write_bytes(ledger)
+    listed = [
+        (row["id"], row["status"], row["container"])
+        for row in partitions.listing(partitions.look(server.ds01()))["instances"]
+        if row["container"]
+    ]
+    assert listed == [("1:0", "pending", "p._.alice")]
+    status = overview.status(server.ds01())
+    assert [(d["id"], d["status"], d["container"]) for d in status["devices"] if d["container"]] == listed
+    assert {a["container"]: a["gpu_id"] for a in status["allocations"]}["p._.alice"] == "1:0"
+    shown = publishing.families(server.ds01(), publishing.look(server.ds01()))
+    assert 'status="pending"} 1' in publishing.render(shown).decode()
 
 
 def test_what_somebody_cut_before_is_put_right(server: Server) -> None:

@@ -409,15 +409,15 @@ class Allocations:
         )
 
     def misprojected(self, now: Ledger, inventory: Inventory, spec: Mapping[str, Any] | None) -> list[str]:
-        """The containers whose CDI device says something else than this ledger, names a device that is gone,
-        or is missing though NVIDIA's spec has all that it needs."""
-        had = {container: self.cdi.projected(container) for container in self.cdi.containers()}
+        """The containers whose CDI device is not what this ledger and NVIDIA's spec make of it, names a device that
+        is gone, or is missing though NVIDIA's spec has all that it needs."""
         should = {
             a.container: _uuids(a)
             for a in now.allocations.values()
             if all_there(a, inventory) and self.cdi.problem(_uuids(a), spec) is None
         }
-        return sorted(c for c in had.keys() | should.keys() if had.get(c) != should.get(c))
+        wrong = {c for c, uuids in should.items() if spec is None or not self.cdi.says(c, uuids, spec)}
+        return sorted(wrong | (set(self.cdi.containers()) - should.keys()))
 
     def look_at_driver(self, driver: nvml.Nvml) -> Observation:
         """The devices and their processes, without asking the engine."""

@@ -98,6 +98,14 @@ class Cdi:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def says(self, container: str, uuids: Iterable[str], spec: Mapping[str, Any]) -> bool:
+        """Whether the container's device is just what these make it: whoever edits one, or installs another driver,
+        leaves the UUIDs as they are."""
+        try:
+            return self.path(container).read_bytes() == _content(container, uuids, spec)
+        except OSError:
+            return False
+
 
 class Rewrite:
     """Several containers' devices, changed together: all that can fail comes before the ledger's own write.
@@ -116,9 +124,9 @@ class Rewrite:
 
         `spec` holds every UUID (see `Cdi.problem`). Raises OSError.
         """
-        content = json.dumps(_container_spec(container, uuids, spec)).encode() + b"\n"
+        content = _content(container, uuids, spec)
         target = self._cdi.path(container)
-        if target.exists() and target.read_bytes() == content:
+        if self._cdi.says(container, uuids, spec):
             return
         files.make_directory(self._cdi.directory, 0o755)
         self._prepared[target] = files.prepare(target, content, 0o644)
@@ -144,6 +152,10 @@ class Rewrite:
             prepared.unlink(missing_ok=True)
         for target, hidden in self._hidden.items():
             hidden.replace(target)
+
+
+def _content(container: str, uuids: Iterable[str], spec: Mapping[str, Any]) -> bytes:
+    return json.dumps(_container_spec(container, uuids, spec)).encode() + b"\n"
 
 
 def _is_reachable(mig_device: Mapping[str, Any]) -> bool:

@@ -21,7 +21,7 @@ from . import accounts, config, interruption, names, nvml, overview, terminal, u
 from .allocations import Allocations
 from .errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_REFUSED, EXIT_UNAVAILABLE, Ds01Error, exit_code, invalid_input
 from .limits import as_dict, resolve_all
-from .lint import lint
+from .lint import lint, lint_layouts
 from .model import Inventory
 from .paths import Paths
 from .transitions import Change, Outcome, describe
@@ -162,13 +162,14 @@ def _cmd_config_check(args: argparse.Namespace, ds01: Allocations) -> int:
     checked = config.load(path)
     resolve_all(checked)
     layouts_file = replace(ds01.paths, config=path).layouts
-    layouts = list(config.load_layouts(layouts_file)) if layouts_file.exists() else []
+    layouts = config.load_layouts(layouts_file) if layouts_file.exists() else {}
     inventory, not_checked = _this_server()
     findings = lint(checked, ds01.clock(), inventory, accounts.is_login_name if inventory else None)
+    findings += lint_layouts(layouts, inventory)
     if args.json:
-        counted = {"groups": list(checked.groups), "overrides": list(checked.overrides)}
+        counted = {name: list(getattr(checked, name)) for name in ("groups", "overrides")} | {"layouts": list(layouts)}
         found = [asdict(finding) for finding in findings]
-        _print_json({"file": str(path), **counted, "layouts": layouts, "findings": found, "not_checked": not_checked})
+        _print_json({"file": str(path), **counted, "findings": found, "not_checked": not_checked})
     else:
         print(f"{path}: valid ({len(checked.groups)} groups, {len(checked.overrides)} user overrides).")
         if layouts:

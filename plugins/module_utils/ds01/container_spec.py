@@ -202,7 +202,7 @@ def _plain(spec: Mapping[str, Any]) -> dict[str, Any]:
         "user": spec.get("User"),
         "command": list(spec.get("Cmd") or ()),
         "max_cpus": quota / (host.get("CpuPeriod") or _CPU_PERIOD) if quota else None,
-        **{key: units.format_size(size) if size else None for key, size in sizes.items()},
+        **{key: units.format_size(size).lower() if size else None for key, size in sizes.items()},
         "pids_limit": host.get("PidsLimit") or None,
         "slice": host.get("CgroupParent"),
         "network_mode": host.get("NetworkMode"),

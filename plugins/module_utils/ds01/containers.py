@@ -261,7 +261,7 @@ class Containers:
                 report.allocation = self._would_have(wish, plan)
             elif step == "release":
                 report.allocation = None  # by then the container is removed: nothing is in the way
-            if step not in ("allocate", "release") or report.allocation != before:
+            if step not in ("allocate", "release") or _devices(report.allocation) != _devices(before):
                 report.actions.append(_DONE[step])
         report.after = _foreseen(wish, plan, _gpus(wish, plan))
         report.container = _shown(plan.existing)
@@ -601,6 +601,10 @@ def _begun(wish: Wish, plan: _Plan) -> Report:
         drift=plan.drift,
         image_outdated=plan.outdated,
     )
+
+
+def _devices(allocation: Mapping[str, Any] | None) -> Any:
+    return allocation["devices"] if allocation else None
 
 
 def _account(name: names.ContainerName) -> names.Account:

@@ -121,7 +121,7 @@ class Engine:
             labels=raw["Config"].get("Labels") or {},
             command=(*(raw["Config"].get("Entrypoint") or ()), *(raw["Config"].get("Cmd") or ())),
             finished_at=None if finished.startswith(_NEVER) else units.parse_time(finished),
-            image_id=raw["Image"],
+            image_id=raw.get("Image") or "",
         )
 
     def made_from(self, name: str) -> Mapping[str, Any]:

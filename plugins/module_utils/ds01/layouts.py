@@ -21,17 +21,20 @@ from .model import FULL
 _PROFILE = re.compile(r"(\d+c\.)?\d+g\.\d+gb([+-][a-z.]+(,[a-z.]+)*)?")
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _ID_FORM = "0x20B210DE"
+_DIVIDED = "DS01 makes one compute instance over the whole GPU instance; write it without the 'c' part"
 
 
 @dataclass(frozen=True)
 class Entry:
     """How some GPUs are cut. `devices` are indices (None: all), `models` PCI device ids as NVML gives
-    them, device << 16 | vendor (empty: any); `path` is the entry's place in the file."""
+    them, device << 16 | vendor (empty: any); `path` is the entry's place in the file. `problems`, each a place
+    and a sentence, say why DS01 cannot make what the format allows: whoever asks for the entry is refused."""
 
     path: str
     cut: Cut
     devices: tuple[int, ...] | None = None
     models: tuple[int, ...] = ()
+    problems: tuple[tuple[str, str], ...] = ()
 
     def matches(self, gpu: GpuState) -> bool:
         """Whether the entry is for this GPU: `all` alone means all that have MIG."""
@@ -46,7 +49,10 @@ Layouts = Mapping[str, Sequence[Entry]]
 
 
 def parse(document: Mapping[str, Any]) -> Layouts:
-    """The layouts of a document that the schema accepts, or Ds01Error `config_invalid` with the path."""
+    """The layouts of a document that the schema accepts, or Ds01Error `config_invalid` with the path.
+
+    What only one layout suffers from is left to its `Entry.problems`: the others can be had.
+    """
     return {
         str(name): tuple(_entry(raw, f"mig-configs.{name}.{number}") for number, raw in enumerate(entries))
         for name, entries in document["mig-configs"].items()
@@ -63,11 +69,14 @@ def _entry(raw: Mapping[str, Any], path: str) -> Entry:
         raise _bad(path, "mig-devices is missing; write mig-devices: {} for MIG mode without instances")
     if not enabled and wanted:
         raise _bad(f"{path}.mig-devices", "there can be no MIG devices where mig-enabled is false")
-    cut = Cut(enabled, tuple(_profiles(wanted or {}, f"{path}.mig-devices")))
+    names = tuple(_profiles(wanted or {}, f"{path}.mig-devices"))
+    problems = tuple((f"{path}.mig-devices.{name}", _DIVIDED) for name in dict.fromkeys(names) if _is_divided(name))
+    cut = Cut(enabled, names)
     devices = None if raw["devices"] == "all" else tuple(raw["devices"])
     filters = raw.get("device-filter") or ()
     listed = [filters] if isinstance(filters, str) else filters
-    return Entry(path, cut, devices, tuple(_model_id(text, f"{path}.device-filter") for text in listed))
+    models = tuple(_model_id(text, f"{path}.device-filter") for text in listed)
+    return Entry(path, cut, devices, models, problems)
 
 
 def _profiles(wanted: Mapping[str, int], path: str) -> Iterable[str]:
@@ -79,8 +88,11 @@ def _profiles(wanted: Mapping[str, int], path: str) -> Iterable[str]:
 def _check_profile(name: str, path: str) -> None:
     if not _PROFILE.fullmatch(name):
         raise _bad(path, "this is not a MIG profile; they are written like 1g.10gb, 2g.20gb or 1g.10gb+me")
-    if "c." in name:
-        raise _bad(path, "DS01 makes one compute instance over the whole GPU instance; write it without the 'c' part")
+
+
+def _is_divided(name: str) -> bool:
+    """Whether a profile is a compute instance's, one of several in a GPU instance."""
+    return "c." in name
 
 
 def _model_id(text: str, path: str) -> int:
@@ -91,20 +103,50 @@ def _model_id(text: str, path: str) -> int:
 
 def select(layouts: Layouts, name: str, gpus: Sequence[GpuState]) -> dict[int, Cut]:
     """How the layout wants each GPU, by index. Raises Ds01Error `config_invalid` where there is no such
-    layout, two of its entries are for one GPU, or none is for any."""
+    layout, two of its entries are for one GPU, none is for any, one is for a GPU that is not there, or DS01
+    cannot make what it says."""
     if name not in layouts:
         raise invalid_input(f"There is no layout {name!r}.", f"There are: {', '.join(layouts)}.")
+    for entry in layouts[name]:
+        missing = _missing(entry, gpus)
+        if missing:
+            raise _bad(f"{entry.path}.devices", _not_there(missing, [gpu.index for gpu in gpus]))
     cuts: dict[int, Cut] = {}
     for gpu in gpus:
         entries = [entry for entry in layouts[name] if entry.matches(gpu)]
         if len(entries) > 1:
             raise _bad(entries[1].path, f"GPU {gpu.index} ({gpu.name}) is in {entries[0].path} already")
         if entries:
+            for place, problem in entries[0].problems:
+                raise _bad(place, problem)
             cuts[gpu.index] = entries[0].cut
     if not cuts:
         here = ", ".join(f"{gpu.index} ({gpu.name}, {model_text(gpu.model_id)})" for gpu in gpus)
         raise _bad(f"mig-configs.{name}", f"no entry is for a GPU of this host: {here or 'it has none'}")
     return cuts
+
+
+def _missing(entry: Entry, gpus: Sequence[GpuState]) -> list[int]:
+    """The GPUs that an entry names and this host does not have. One for other models only names none of its GPUs."""
+    there = {gpu.index for gpu in gpus}
+    ours = not entry.models or any(gpu.model_id in entry.models for gpu in gpus)
+    return [index for index in entry.devices or () if ours and index not in there]
+
+
+def _not_there(missing: Sequence[int], there: Sequence[int]) -> str:
+    return f"there is no GPU {', '.join(map(str, missing))} here; there are: {', '.join(map(str, there)) or 'none'}"
+
+
+def findings(layouts: Layouts, indices: Sequence[int] | None = None) -> list[tuple[str, str]]:
+    """What makes layouts of a valid file useless, each with its place: what DS01 cannot make, and where the
+    GPUs' `indices` are known, those that are not there."""
+    found: list[tuple[str, str]] = []
+    for entry in (entry for entries in layouts.values() for entry in entries):
+        found += [(place, f"{problem}.") for place, problem in entry.problems]
+        missing = [i for i in entry.devices or () if indices is not None and not entry.models and i not in indices]
+        if missing:
+            found.append((f"{entry.path}.devices", f"{_not_there(missing, indices or ())}."))
+    return found
 
 
 def model_text(model_id: int) -> str:
@@ -123,6 +165,8 @@ def cut_of(profiles: Iterable[str]) -> Cut:
             _check_profile(name, name)
         except Ds01Error as exc:
             raise invalid_input(exc.message) from None
+        if _is_divided(name):
+            raise invalid_input(f"{name}: {_DIVIDED}.")
     return Cut(True, found)
 
 

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from fractions import Fraction
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import names, units
 from .errors import Ds01Error
 from .limits import Config, RawLayer, Reservation, number_text, resolve
 from .model import Device, Inventory
+
+if TYPE_CHECKING:
+    from .layouts import Layouts
 
 _QUOTAS = ("max_gpus", "max_gpus_per_container", "max_gpu_equivalents")
 _SHOWN = 10
@@ -74,6 +77,14 @@ def lint(
     # Found through several groups, it is the same finding; the file may use a limit's old name.
     in_file = (Finding(config.written.get(f.path, f.path), f.message) for f in findings)
     return tuple(dict.fromkeys(in_file))
+
+
+def lint_layouts(known: Layouts, inventory: Inventory | None = None) -> tuple[Finding, ...]:
+    """The layouts that nobody could apply: DS01 cannot make them, or, with `inventory`, GPUs are not there."""
+    from . import layouts  # most runs need the limits alone
+
+    indices = [gpu.index for gpu in inventory.gpus] if inventory else None
+    return tuple(Finding(place, problem) for place, problem in layouts.findings(known, indices))
 
 
 def _scopes(config: Config) -> list[_Scope]:

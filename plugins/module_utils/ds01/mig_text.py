@@ -34,6 +34,8 @@ def list_text(listing: Mapping[str, Any]) -> str:
     if listing["instances"]:
         rows = [{**row, "place": _slices(*row["placement"])} for row in listing["instances"]]
         parts.append(terminal.table(rows, _INSTANCES))
+    used = [f"{row['id']} is used by {row['occupied_by']}." for row in listing["instances"] if row["occupied_by"]]
+    parts.extend(["\n".join(used)] if used else [])
     problems = [f"Not everything could be seen: {problem['msg']}" for problem in listing["problems"]]
     return "\n\n".join([*parts, *problems]) or "This host has no GPU."
 
@@ -42,6 +44,9 @@ def _gpu_lines(gpu: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Ite
     yield f"GPU {gpu['index']}  {gpu['name']}, {_mode(gpu)}"
     for user in gpu["in_use_by"]:
         yield f"{_MARGIN}used as a whole by {user}"
+    if not gpu["mig"] and gpu["profiles"]:
+        most = ", ".join(f"{count} x {name}" for name, count in gpu["profiles"].items())
+        yield f"{_MARGIN}with MIG on up to: {most}"
     if not gpu["mig"] or not gpu["memory_slices"]:
         return
     for line in slotmap.draw(gpu["memory_slices"], _blocks(rows)):
@@ -143,8 +148,14 @@ def _then(gpu: GpuState, plan: Plan) -> list[Block] | None:
 
 
 def _block(instance: Instance) -> Block:
-    owner = instance.holders[0].user or "in use" if instance.holders else "free" if instance.devices else "leftover"
-    return Block(instance.start, instance.size, instance.profile, owner)
+    return Block(instance.start, instance.size, instance.profile, _owner(instance))
+
+
+def _owner(instance: Instance) -> str:
+    if instance.holders:
+        first = instance.holders[0]
+        return first.user if first.container else "in use"
+    return "free" if instance.devices else "leftover"
 
 
 def _after(gpu: GpuState, plan: Plan) -> Iterator[Block]:

@@ -289,8 +289,11 @@ class Nvml:
 
     def _readable_gpu(self, index: int, handle: Any) -> tuple[Gpu, list[Device]]:
         n = self._n
-        mig = bool(self._optional(n.nvmlDeviceGetMigMode, (0, 0), handle)[0])
+        mig, pending = map(bool, self._optional(n.nvmlDeviceGetMigMode, (0, 0), handle))
         health, reason = self._health(handle)
+        if health == "ok" and mig != pending:
+            mode = "on" if pending else "off"
+            health, reason = "suspect", f"its MIG mode will be {mode} after its next reset, which takes its devices"
         rates = None if mig else self._optional(n.nvmlDeviceGetUtilizationRates, None, handle)
         gpu = Gpu(
             index=index,

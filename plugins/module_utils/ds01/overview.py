@@ -14,7 +14,7 @@ from .errors import Ds01Error
 from .model import Device, Gpu, Ledger, Refusal
 from .observation import Observation
 from .placement import Situation
-from .transitions import describe
+from .transitions import describe, resolved
 
 
 def status(allocations: Allocations, user: str | None = None) -> dict[str, Any]:
@@ -31,6 +31,7 @@ def status(allocations: Allocations, user: str | None = None) -> dict[str, Any]:
         except Ds01Error as exc:
             problems.append({"reason": exc.reason, "msg": str(exc)})
             seen = Observation(driver.inventory())
+    now = resolved(now, seen.inventory)  # after a reboot the same device has another UUID, and maybe another name
     situation = allocations.situation(now, seen, allocations.clock())
     shown = sorted((a for a in now.allocations.values() if user in (None, a.user)), key=lambda a: a.container)
     return {

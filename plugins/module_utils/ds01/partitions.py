@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import config, geometry, layouts, lifecycle, mig, nvml, records, units
+from . import config, geometry, layouts, lifecycle, mig, nvml, occupancy, processes, records, units
 from .errors import Ds01Error, invalid_input
 from .limits import GpuPolicy
 from .mig import Cut, GpuState, Holder, Instance, Placed, Plan, Step
@@ -60,7 +60,7 @@ def look(allocations: Allocations, *, strict: bool = True) -> Host:
 def host(allocations: Allocations, driver: nvml.Nvml, ledger: Ledger, seen: Observation) -> Host:
     """The host as this look shows it, with the ledger's devices as they are called now."""
     now = resolved(ledger, seen.inventory)
-    who = _Holders(now, lifecycle.ends(now, allocations.config), seen.occupied)
+    who = _Holders(now, lifecycle.ends(now, allocations.config), _outside(seen))
     gpus = tuple(_held(gpu, seen.inventory, who) for gpu in driver.layout(seen.inventory))
     return Host(gpus, seen.inventory, now, seen.running)
 
@@ -102,15 +102,31 @@ def _short_form(policy: GpuPolicy, gpus: Sequence[GpuState]) -> dict[int, Cut]:
 class _Holders:
     ledger: Ledger
     ends: Mapping[str, datetime] = field(default_factory=dict)
-    occupied: Mapping[str, str] = field(default_factory=dict)
+    outside: Mapping[str, tuple[Holder, ...]] = field(default_factory=dict)
 
     def of(self, device: Device) -> tuple[Holder, ...]:
         """Who has a device by the ledger, else who uses it without DS01."""
         allocation = self.ledger.holder_of(device)
         if allocation:
             return (Holder(allocation.container, allocation.user, self.ends.get(allocation.container)),)
-        what = self.occupied.get(device.uuid)
-        return (Holder("", what=what),) if what else ()
+        return self.outside.get(device.uuid, ())
+
+
+def _outside(seen: Observation) -> dict[str, tuple[Holder, ...]]:
+    """By device UUID who uses it without DS01: containers in a phrase, else each process by itself."""
+    minors = {gpu.uuid: gpu.minor for gpu in seen.inventory.gpus}
+    found = {}
+    for device in seen.inventory.devices:
+        if device.uuid in seen.occupied:
+            promised = any(occupancy.covers(use, device, minors[device.gpu_uuid]) for use in seen.uses)
+            pids = () if promised else seen.processes.get(device.uuid, ())
+            programs = tuple(_running(processes.program(pid)) for pid in pids)
+            found[device.uuid] = programs or (Holder("", what=seen.occupied[device.uuid]),)
+    return found
+
+
+def _running(program: occupancy.Program) -> Holder:
+    return Holder("", what=program.who, pid=program.pid, unit=program.unit, user=program.user)
 
 
 def _held(gpu: GpuState, inventory: Inventory, who: _Holders) -> GpuState:
@@ -148,6 +164,7 @@ def _gpu_record(gpu: GpuState) -> dict[str, Any]:
         "mig": gpu.mig,
         "mig_pending": gpu.pending if gpu.mode_pending else None,
         "memory_slices": gpu.table.width or None,
+        "profiles": {profile.name: profile.most for profile in gpu.table.profiles},
         "possible": {name: list(starts) for name, starts in fits.items()},
         "in_use_by": [str(h) for h in gpu.holders],
     }
@@ -162,7 +179,8 @@ def _instance_rows(host: Host, gpu: GpuState, instance: Instance) -> list[dict[s
 def _instance_row(host: Host, gpu: GpuState, instance: Instance, device: Device | None) -> dict[str, Any]:
     allocation = host.ledger.holder_of(device) if device else None
     until = next((h.until for h in instance.holders if allocation and h.container == allocation.container), None)
-    outside = next((h.what for h in instance.holders if h.what), None)
+    others = [h.what for h in instance.holders if h.what]
+    outside = occupancy.and_more(others[0], len(others)) if others else None
     return {
         "gpu": gpu.index,
         "id": device.id if device else None,

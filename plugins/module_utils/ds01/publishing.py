@@ -24,7 +24,7 @@ from .libraries import require
 from .metrics import Family, Picture, Run, Totals
 from .model import Ledger
 from .observation import Observation
-from .transitions import hold_end
+from .transitions import hold_end, resolved
 
 TEXTFILE = "ds01.prom"
 _MAPPING = re.compile(r"[0-9]+(\.[0-9]+)?")
@@ -88,8 +88,10 @@ def picture(
     """
     if available is None:
         available = {"ledger": True, "driver": True, **({} if engine.disabled() else {"engine": True})}
-    now, known = ds01.clock(), ledger or Ledger()
     seen = seen or Observation()
+    if ledger and driver:
+        ledger = resolved(ledger, seen.inventory)
+    now, known = ds01.clock(), ledger or Ledger()
     instances: Mapping[str, int] | None = None
     if driver:
         with contextlib.suppress(Ds01Error):  # a GPU that was cut anew meanwhile is looked at again in a minute

@@ -122,6 +122,8 @@ def reconcile(ds01: Allocations) -> Reconciled:
             with run.stage("memory"):
                 memory.write(ds01.paths.memory, now)
         ds01.events.rotate(ds01.config.events.rotate_at, ds01.config.events.keep)
+        if ds01.events.problem:
+            run.problems.append({"stage": "events", "reason": "permission_denied", "msg": ds01.events.problem})
         with run.stage("metrics"):
             _publish(ds01, run, memory.since_boot() - began)
     return run.done()
