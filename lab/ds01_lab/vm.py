@@ -25,7 +25,9 @@ PORTS = range(23000, 23100)
 BOOT_SECONDS = 600  # it takes 40 s on two idle cores
 FILL_SECONDS = 300
 STOP_SECONDS = 30
-KERNEL_OPTIONS = "root=/dev/vda rw console=ttyS0 net.ifnames=0 systemd.show_status=0"
+# Emulated on a busy machine, a unit was seen to take longer than the 90 s that systemd gives it.
+TIMEOUTS = "systemd.default_timeout_start_sec=600 systemd.default_device_timeout_sec=600"
+KERNEL_OPTIONS = f"root=/dev/vda rw console=ttyS0 net.ifnames=0 systemd.show_status=0 {TIMEOUTS}"
 
 
 @dataclass(frozen=True)
