@@ -22,7 +22,7 @@ from .shell import run, say
 DEFAULT_NAME = "ds01-vm"
 ACCELERATOR = os.environ.get("DS01_LAB_ACCEL", "tcg,thread=multi")  # or kvm, where it works
 PORTS = range(23000, 23100)
-BOOT_SECONDS = 600  # it takes 40 s on two idle cores
+BOOT_SECONDS = 1200  # it takes 40 s on two idle cores, and was seen to take ten times that on busy ones
 FILL_SECONDS = 300
 STOP_SECONDS = 30
 # Emulated on a busy machine, a unit was seen to take longer than the 90 s that systemd gives it.
