@@ -39,7 +39,8 @@ lab-up: env sim ## Start HOSTS=n lab hosts (default 1)
 	@lab/lab up --hosts $(HOSTS)
 
 .PHONY: lab-down
-lab-down: env ## Stop the lab hosts, and the engine if the lab started it
+lab-down: env ## Stop the lab hosts and virtual machines, and the engine if the lab started it
+	@lab/lab vm down
 	@lab/lab down
 
 .PHONY: demo
@@ -66,6 +67,10 @@ unit: env sim promtool ## The tests that need neither engine nor root
 .PHONY: molecule
 molecule: env sim ## The Molecule scenarios, on lab hosts (make molecule SCENARIO=default for one)
 	@$(BIN)/pytest -s molecule $(if $(SCENARIO),-k $(SCENARIO))
+
+.PHONY: vm-test
+vm-test: env sim ## A real reboot with cgroup v2, in a virtual machine (about 12 minutes; not part of test)
+	@$(BIN)/pytest -s -m vm molecule
 
 .PHONY: test
 test: ## Everything that CI runs

@@ -11,10 +11,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCENARIOS = sorted(path.parent.name for path in ROOT.glob("molecule/*/molecule.yml"))
+SLOW = {"reboot"}  # on an emulated machine: make vm-test
 TIMEOUT = 45 * 60
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize(
+    "scenario", [pytest.param(name, marks=[pytest.mark.vm] if name in SLOW else []) for name in SCENARIOS]
+)
 def test_scenario(scenario: str) -> None:
     print(f"\n== molecule: {scenario}", flush=True)
     tools = Path(sys.executable).parent

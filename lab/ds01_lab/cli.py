@@ -15,7 +15,7 @@ from pathlib import Path
 
 from docker.errors import DockerException
 
-from . import engine, host, inventory, keys, options, payload, wheels
+from . import engine, host, inventory, keys, options, payload, vm, wheels
 from .errors import LabError
 from .paths import BUILD, DEFAULT_PREFIX, ROOT, inventory_dir
 from .shell import say
@@ -86,17 +86,38 @@ def status(arguments: argparse.Namespace) -> None:
 
 def execute(arguments: argparse.Namespace) -> None:
     """A command on a host over SSH, the way Ansible gets there; without one, a shell."""
-    container = next((c for c in host.every(engine.connect(engine.ensure())) if c.name == arguments.host), None)
-    if container is None:
-        raise LabError(f"there is no lab host {arguments.host}", "see which there are: lab/lab status")
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    machine = next((m for m in vm.every() if m.name == arguments.host), None)
+    words = vm.ssh(machine, *command) if machine else _into_container(arguments.host, command)
+    os.execvp(words[0], words)  # noqa: S606 the command becomes ssh, so that terminal and exit code are ssh's own
+
+
+def vm_up(arguments: argparse.Namespace) -> None:
+    """A virtual machine up, filled, and in the inventory."""
+    began = time.monotonic()
+    machine, asked = vm.Machine(arguments.name), host.Hardware.asked(arguments.gpus, arguments.mig)
+    with _alone():
+        wheels.ensure()
+        path = vm.up(machine, asked, arguments.inventory or inventory_dir(machine.name))
+    say(f"up after {time.monotonic() - began:.1f} s: {machine.name}; ansible -i {_short(path)} gpu_servers -m ping")
+
+
+def vm_down(arguments: argparse.Namespace) -> None:
+    """One virtual machine away; without a name all of this checkout."""
+    with _alone():
+        for machine in vm.every() if arguments.name is None else [vm.Machine(arguments.name)]:
+            vm.down(machine)
+            inventory.write(arguments.inventory or inventory_dir(machine.name), machine.name, [])
+
+
+def _into_container(name: str, command: Sequence[str]) -> list[str]:
+    container = next((c for c in host.every(engine.connect(engine.ensure())) if c.name == name), None)
+    if container is None:
+        raise LabError(f"there is no lab host {name}", "see which there are: lab/lab status")
     ssh_options = inventory.ssh_options(keys.known_hosts(container.labels[options.LABEL]))
     port = str(host.endpoint(container).port)
     words = [shlex.join(command)] if command else []
-    os.execvp(  # noqa: S606 the command becomes ssh, so that terminal and exit code are ssh's own
-        "ssh",  # noqa: S607 found on the PATH like any tool
-        ["ssh", "-q", *ssh_options, "-i", str(keys.PRIVATE), "-p", port, f"root@{options.ADDRESS}", *words],
-    )
+    return ["ssh", "-q", *ssh_options, "-i", str(keys.PRIVATE), "-p", port, f"root@{options.ADDRESS}", *words]
 
 
 def print_engine(_arguments: argparse.Namespace) -> None:
@@ -113,6 +134,10 @@ def download_wheels(_arguments: argparse.Namespace) -> None:
 def _write_inventory(client: object, prefix: str, folder: Path | None) -> Path:
     running = [container for container in host.every(client, prefix) if container.status == "running"]
     path = inventory.write(folder or inventory_dir(prefix), prefix, map(host.endpoint, running))
+    return _short(path)
+
+
+def _short(path: Path) -> Path:
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
@@ -143,8 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     make = verb("up", up, "start lab hosts; those that are up already are kept")
     make.add_argument("--name", default=DEFAULT_PREFIX, metavar="PREFIX", help="hosts are PREFIX-1, PREFIX-2, ...")
     make.add_argument("--hosts", type=_count, default=1, metavar="N", help="how many (default 1)")
-    make.add_argument("--gpus", metavar="NxMODEL", help=f"simulated GPUs of each host (default {host.DEFAULT_GPUS})")
-    make.add_argument("--mig", action="append", metavar="GPU=PROFILE,...", help="cut a GPU; may be given several times")
+    _add_hardware(make)
     make.add_argument("--inventory", type=_folder, metavar="DIR", help="where to write hosts.yml")
 
     away = verb("down", down, "remove lab hosts; without --name all of them, and the engine if the lab started it")
@@ -161,7 +185,26 @@ def _parser() -> argparse.ArgumentParser:
 
     verb("engine", print_engine, "print the DOCKER_HOST of the lab's engine, started if need be")
     verb("wheels", download_wheels, "download the Python packages that hosts need into build/wheels")
+
+    machines = verbs.add_parser("vm", help="virtual machines: a kernel, a reboot and cgroup v2 of their own")
+    of_machines = machines.add_subparsers(required=True, metavar="COMMAND")
+    boot = of_machines.add_parser("up", help="make and boot one; what is up already is kept")
+    boot.set_defaults(verb=vm_up)
+    boot.add_argument("--name", default=vm.DEFAULT_NAME, help=f"its name (default {vm.DEFAULT_NAME})")
+    _add_hardware(boot)
+    end = of_machines.add_parser("down", help="remove it; without --name all of this checkout")
+    end.set_defaults(verb=vm_down)
+    end.add_argument("--name")
+    for sub in (boot, end):
+        sub.add_argument("--inventory", type=_folder, metavar="DIR", help="where hosts.yml is")
     return parser
+
+
+def _add_hardware(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpus", metavar="NxMODEL", help=f"simulated GPUs of each host (default {host.DEFAULT_GPUS})")
+    parser.add_argument(
+        "--mig", action="append", metavar="GPU=PROFILE,...", help="cut a GPU; may be given several times"
+    )
 
 
 def _count(text: str) -> int:

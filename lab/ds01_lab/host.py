@@ -124,7 +124,7 @@ def _create(client: docker.DockerClient, prefix: str, name: str, hardware: Hardw
     say(f"lab host {name}: make and boot (about 3 s)")
     machine = _machine(client)
     inputs = image.inputs_hash(machine)
-    for port in filter(_free, PORTS):
+    for port in filter(free, PORTS):
         body = options.host(machine, prefix, name, port, hardware.gpus, hardware.mig, inputs)
         container = client.containers.get(client.api.create_container_from_config(body, name)["Id"])
         container.put_archive("/", payload.first_process())
@@ -211,7 +211,8 @@ def _port(container: Container) -> int | None:
     return int(bindings[0]["HostPort"]) if bindings else None
 
 
-def _free(port: int) -> bool:
+def free(port: int) -> bool:
+    """Whether nothing listens on that port of this machine."""
     with socket.socket() as probe:
         try:
             probe.bind((ADDRESS, port))

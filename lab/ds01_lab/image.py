@@ -2,6 +2,8 @@
 
 import hashlib
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import docker
@@ -79,15 +81,27 @@ def ensure(client: docker.DockerClient) -> None:
 
 
 def _build(archive: Path) -> None:
+    partial = archive.with_suffix(".partial")
+    try:
+        with debian(PACKAGES) as root:
+            excludes = [f"--exclude={pattern}" for pattern in DROPPED]
+            run(as_root(["tar", "-C", root, *excludes, "-cf", partial, "."]), timeout=300)
+        run(as_root(["mv", partial, archive]))
+    finally:
+        run(as_root(["rm", "-f", partial]))
+
+
+@contextmanager
+def debian(packages: Sequence[str]) -> Iterator[Path]:
+    """A host's root file system with these packages, in a directory that is gone afterwards."""
     if shutil.which("debootstrap", path="/usr/sbin:/usr/bin:/sbin") is None or not KEYRING.exists():
         apt.install({"debootstrap": "debootstrap", str(KEYRING): "debian-archive-keyring"})
     say(f"host image: debootstrap {SUITE} (about 60 s, once)")
     root = CACHE / "rootfs"
-    partial = archive.with_suffix(".partial")
     _discard(root)
     # A debootstrap older than the suite lacks its script; sid's is the one all recent suites share.
     script = SCRIPTS / SUITE if (SCRIPTS / SUITE).exists() else SCRIPTS / "sid"
-    choices = (f"--keyring={KEYRING}", f"--include={','.join(PACKAGES)}")
+    choices = (f"--keyring={KEYRING}", f"--include={','.join(packages)}")
     try:
         run(
             as_root(["debootstrap", "--variant=minbase", *choices, SUITE, root, apt.mirror(), script]),
@@ -96,12 +110,9 @@ def _build(archive: Path) -> None:
         run(as_root(["systemctl", f"--root={root}", "mask", *MASKED]))
         # Empty: each host gets an id of its own when it first boots.
         run(as_root(["truncate", "--size=0", root / "etc/machine-id"]))
-        excludes = [f"--exclude={pattern}" for pattern in DROPPED]
-        run(as_root(["tar", "-C", root, *excludes, "-cf", partial, "."]), timeout=300)
-        run(as_root(["mv", partial, archive]))
+        yield root
     finally:
         _discard(root)
-        run(as_root(["rm", "-f", partial]))
 
 
 def _discard(root: Path) -> None:

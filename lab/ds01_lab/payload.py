@@ -1,6 +1,6 @@
 """What the lab puts into a host besides its base image: key, users, simulated driver, test images."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from . import testimages
@@ -12,6 +12,8 @@ from .tree import Tree
 HERE = "usr/local/lib/ds01-lab"
 SETUP = f"/{HERE}/setup"
 LIBRARIES = "usr/lib/x86_64-linux-gnu"
+UNITS = "etc/systemd/system"
+REBOOTS = ("nvml-sim-reboot.service",)  # for machines whose every boot is one of their GPUs as well
 
 # The people of every lab host. The last two are names that careless code trips over.
 USERS = {"alice": 2001, "bob": 2002, "carol": 2003, "dave": 2004, "mary-ann": 2005, "h.baker@uni.example": 2006}
@@ -24,9 +26,12 @@ def first_process() -> bytes:
     return tree.content()
 
 
-def build(public_key: str) -> bytes:
-    """The payload as one archive to unpack at the root of a running host."""
+def build(public_key: str, units: Iterable[str] = ()) -> bytes:
+    """The payload as one archive to unpack at the root of a running host; `units` of lab/host start there at boot."""
     tree = Tree()
+    for unit in units:
+        tree.file(f"{UNITS}/{unit}", (HOST_FILES / unit).read_bytes())
+        tree.link(f"{UNITS}/multi-user.target.wants/{unit}", f"../{unit}")
     tree.folder("root/.ssh", 0o700)
     tree.file("root/.ssh/authorized_keys", public_key, 0o600)
     tree.file(INIT.lstrip("/"), (HOST_FILES / "init").read_bytes(), 0o755)
@@ -52,4 +57,4 @@ def driver_files(sim: Path) -> Iterator[tuple[Path, str, int]]:
     for path in sorted((sim / "bin").iterdir()):
         yield path, f"usr/bin/{path.name}", 0o755
     for path in sorted(sim.glob("*.service")):
-        yield path, f"etc/systemd/system/{path.name}", 0o644
+        yield path, f"{UNITS}/{path.name}", 0o644

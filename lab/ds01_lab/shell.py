@@ -31,6 +31,7 @@ def run(
     timeout: float = 60,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    stdin: str | None = None,
 ) -> str:
     """Run a command to its end and return its output; a failure carries the last lines it said."""
     words = [str(word) for word in argv]
@@ -42,6 +43,7 @@ def run(
             timeout=timeout,
             env={**os.environ, **(env or {})},
             cwd=cwd,
+            input=stdin,
             check=False,
         )
     except FileNotFoundError as error:
