@@ -1,5 +1,5 @@
 #!/opt/ds01/venv/bin/python -I
-"""Reconciles as `ds01 reconcile` does, twice at each look, and tells what each run did and which files the second changed.
+"""Reconciles as `ds01 reconcile` does, twice at each look; tells what each run did and which files the second changed.
 
 Looks are named by the seconds that have passed by then; SET_BY is by how many the calendar was set. The clocks are
 this process's own: the machine's are those of every lab host.
