@@ -6,7 +6,8 @@ been, whatever happens to this process.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from . import accounts, engine, nvml, policies, telling, usage
@@ -52,6 +53,15 @@ def carry_out(ds01: Allocations, action: Action) -> None:
         reason=str(action.details.get("policy", "")),
         message=action.message,
     )
+
+
+def remember_ends(ds01: Allocations, settled: Settled, review: Review, stopped: Collection[str]) -> None:
+    """Remember that these containers' runs are over, as the next look would see. Raises Ds01Error."""
+    over = {container.id for container in settled.seen.containers if container.name in stopped}
+    states = {id_: replace(state, run=None) if id_ in over else state for id_, state in review.states.items()}
+    store = PolicyStore(ds01.paths.policy_state)
+    store.read()
+    store.write(states)
 
 
 def leave_notices(settled: Settled, wanted: Mapping[str, str], told: Mapping[str, str]) -> dict[str, str]:

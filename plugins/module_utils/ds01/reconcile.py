@@ -257,10 +257,15 @@ def _enforce(ds01: Allocations, settled: Settled, told: Mapping[str, str], run: 
     """Warn and stop; the notices that stand in the workspaces then."""
     review = enforcing.begin(ds01, settled)
     stand = enforcing.leave_notices(settled, review.notices, told)
+    stopped: list[str] = []
     for action in review.actions:
         with run.stage(action.subject):
             enforcing.carry_out(ds01, action)
             run.actions.append(action)
+            stopped += [action.subject] if action.kind == "policy.stopped" else []
+    if stopped:
+        with run.stage("policies"):
+            enforcing.remember_ends(ds01, settled, review, stopped)
     return stand
 
 
