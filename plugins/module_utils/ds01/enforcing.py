@@ -6,8 +6,8 @@ stopped: a process that dies in between warns again, and nobody is stopped who w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import accounts, engine, nvml, policies, telling, usage
@@ -26,22 +26,34 @@ def foresee(ds01: Allocations, settled: Settled) -> list[Action]:
 
 @dataclass(frozen=True)
 class Round:
-    """One look at all containers: the warnings and the stops that are due, and what the notices say now."""
+    """One look at all containers, under reconcile's lock."""
 
-    warnings: Sequence[Action]
-    stops: Sequence[Action]
-    notices: Mapping[str, str]
-    remember: Callable[[], None]
-    """To be called between warnings and stops. Raises Ds01Error: then nobody is to be stopped."""
+    review: Review
+    store: PolicyStore
+
+    @property
+    def stops(self) -> list[Action]:
+        """Those whose time is over."""
+        return [action for action in self.review.actions if action.kind == "policy.stopped"]
+
+    @property
+    def warnings(self) -> list[Action]:
+        return [action for action in self.review.actions if action.kind != "policy.stopped"]
+
+    def remember(self) -> None:
+        """To be called between warnings and stops. Raises Ds01Error: then nobody is to be stopped."""
+        self.store.write(self.review.states)
+
+    def remember_ends(self, ids: Collection[str]) -> None:
+        """Remember that these containers' runs are over, as the next look would see. Raises Ds01Error."""
+        states = self.review.states
+        self.store.write({id_: replace(state, run=None) if id_ in ids else state for id_, state in states.items()})
 
 
 def look(ds01: Allocations, settled: Settled) -> Round:
-    """Look and decide. Under reconcile's lock."""
+    """Look and decide."""
     store = PolicyStore(ds01.paths.policy_state)
-    review = _review(ds01, settled, store)
-    stops = [action for action in review.actions if action.kind == "policy.stopped"]
-    warnings = [action for action in review.actions if action.kind != "policy.stopped"]
-    return Round(warnings, stops, review.notices, lambda: store.write(review.states))
+    return Round(_review(ds01, settled, store), store)
 
 
 def carry_out(ds01: Allocations, action: Action) -> None:

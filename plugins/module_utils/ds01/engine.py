@@ -7,6 +7,7 @@ import io
 import os
 import posixpath
 import tarfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,6 +23,8 @@ RUNNING = ("running", "restarting", "paused")
 STOPPED = ("exited", "dead")
 MANAGED = "ds01.managed"
 _TIMEOUT = 60
+_LISTED_WITHIN, _PAUSE = 2.0, 0.02
+"""Seconds."""
 _NEVER = "0001-01-01"
 
 
@@ -188,8 +191,17 @@ class Engine:
             self._client.restart(name, timeout=timeout)
 
     def stop(self, name: str, timeout: int) -> None:
+        """Stop it, and see that the engine lists it as stopped: it answers a moment before it does."""
         with _errors(f"stop {name}"):
             self._client.stop(name, timeout=timeout)
+        deadline = time.monotonic() + _LISTED_WITHIN
+        while self._is_listed_running(name) and time.monotonic() < deadline:
+            time.sleep(_PAUSE)
+
+    def _is_listed_running(self, name: str) -> bool:
+        with _errors("list containers"):
+            found = self._client.containers(all=True, filters={"label": f"{MANAGED}=true"})
+        return any(f"/{name}" in (c.get("Names") or ()) and c["State"] in RUNNING for c in found)
 
     def end(self, name: str, timeout: int) -> None:
         """Stop it, and kill it where that does not work. One that is gone already is success."""

@@ -275,18 +275,24 @@ def _remove(ds01: Allocations, actions: Iterable[Action], run: _Run) -> None:
 def _enforce(ds01: Allocations, settled: Settled, told: Mapping[str, str], run: _Run) -> dict[str, str]:
     """Warn and stop; the notices that stand in the workspaces then."""
     found = enforcing.look(ds01, settled)
-    stand = enforcing.leave_notices(settled, found.notices, told)
+    stand = enforcing.leave_notices(settled, found.review.notices, told)
     _carry_out(ds01, found.warnings, run)
     found.remember()
-    _carry_out(ds01, found.stops, run)
+    stopped = _carry_out(ds01, found.stops, run)
+    if stopped:
+        found.remember_ends({container.id for container in settled.seen.containers if container.name in stopped})
     return stand
 
 
-def _carry_out(ds01: Allocations, actions: Iterable[Action], run: _Run) -> None:
+def _carry_out(ds01: Allocations, actions: Iterable[Action], run: _Run) -> set[str]:
+    """Warn or stop; the containers for which that could be done."""
+    done = set()
     for action in actions:
         with run.stage(action.subject):
             enforcing.carry_out(ds01, action)
             run.actions.append(action)
+            done.add(action.subject)
+    return done
 
 
 # --- slices
