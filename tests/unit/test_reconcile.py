@@ -275,6 +275,7 @@ def test_each_action_is_an_event(server: Server) -> None:
     (server.world.cdi / "ds01-p._.alice.json").unlink()
     server.run()
     assert server.told("gpu.released")[0].endswith("its hold ended at 2025-11-21T11:30:00Z.")
+    assert server.told("cdi.mended") == ["The CDI device of p._.alice was not what the ledger says."]
     assert server.told("container.removed") == [
         "q._.bob is removed: it stopped at 2025-11-21T10:30:00Z, and bob's stopped containers are kept for 12h."
     ]

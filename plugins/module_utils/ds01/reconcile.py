@@ -110,6 +110,7 @@ def reconcile(ds01: Allocations) -> Reconciled:
         with run.stage("allocations"):
             settled = ds01.settle()
             run.actions += _of_settled(settled)
+            _record_mended(ds01, run.actions)
             now = _meet_strangers(ds01, settled, now, run)
         with run.stage("containers"):
             _remove(ds01, _overdue(ds01, now), run)
@@ -172,6 +173,15 @@ def _of_settled(settled: Settled) -> Iterator[Action]:
     for container in settled.mended:
         allocation = settled.ledger.allocations.get(container)
         yield drift.of_projection(container, allocation.user if allocation else "")
+
+
+def _record_mended(ds01: Allocations, actions: Iterable[Action]) -> None:
+    """What became of allocations is in the log already."""
+    for action in actions:
+        if action.kind == "cdi.mended":
+            ds01.events.write(
+                action.kind, ds01.clock(), user=action.user, container=action.subject, message=action.message
+            )
 
 
 # --- use without DS01
