@@ -69,7 +69,7 @@ molecule: env sim ## The Molecule scenarios, on lab hosts (make molecule SCENARI
 	@$(BIN)/pytest -s molecule $(if $(SCENARIO),-k $(SCENARIO))
 
 .PHONY: vm-test
-vm-test: env sim ## A real reboot with cgroup v2, in a virtual machine (about 12 minutes; not part of test)
+vm-test: env sim ## A real reboot with cgroup v2, in a virtual machine (12 to 30 minutes; not part of test)
 	@$(BIN)/pytest -s -m vm molecule
 
 .PHONY: test
