@@ -32,7 +32,11 @@ def test_the_disk_of_the_cache_is_never_written_to(machine):
     assert str(boot.disk) not in " ".join(vm.command_line(machine, boot, 23001))
 
 
-@pytest.mark.parametrize("content", [None, "", "not a number", "1", "999999999", str(os.getpid())])
+@pytest.mark.parametrize(
+    "content",
+    [None, "", "not a number", "1", "999999999", str(os.getpid())],
+    ids=["none", "empty", "no number", "init", "gone", "this one"],
+)
 def test_a_pid_file_of_somebody_elses_process_is_no_machine(machine, content):
     if content is not None:
         (machine.folder / "pid").write_text(content)

@@ -171,6 +171,13 @@ class Model:
             with _told(change, outcome):
                 getattr(self, f"_{change.state}")(change, outcome)
 
+    def settled(self) -> None:
+        """Everything was looked at, and nobody asked."""
+        if self.lost:
+            self.rebuilt()
+        self._look_up()
+        self._time_goes_by(())
+
     def waiting(self) -> list[Entry]:
         """Who still waits, in order of arrival."""
         return [

@@ -523,6 +523,38 @@ class Machine(RuleBasedStateMachine):
         self.model.applied(asked, foreseen)
         self._compare()
 
+    @rule(data=st.data(), how=st.sampled_from(["nothing", "removed", "edited", "of nobody"]))
+    def reconcile(self, data: st.DataObject, how: str) -> None:
+        """Somebody tampers with a CDI device: then each says what the ledger says; a second look writes nothing."""
+        files = sorted(self.world.cdi.glob("ds01-*.json"))
+        if files and how != "nothing":
+            self._tamper(data.draw(st.sampled_from(files)), how)
+        foreseen = None if self.model.lost else self._service().foresee_settle()
+        settled = self._service().settle()
+        if foreseen is not None:
+            assert [o.result() for o in foreseen.outcomes] == [o.result() for o in settled.outcomes]
+            assert list(foreseen.mended) == list(settled.mended)
+        self.model.settled()
+        self._compare()
+        there = set(self.world.there())
+        for name, holding in self.model.holdings.items():
+            slots = [device.slot for device in holding.devices]
+            if set(slots) <= there and self.world.spec_holds(slots):
+                assert projected(self.world.cdi, name) == tuple(d.uuid for d in holding.devices)
+        before = self._files()
+        again = self._service().settle()
+        assert (list(again.outcomes), list(again.mended)) == ([], [])
+        assert self._files() == before
+
+    def _tamper(self, file: Path, how: str) -> None:
+        text = file.read_text(encoding="utf-8")
+        if how == "removed":
+            file.unlink()
+        elif how == "edited":
+            file.write_text(text.replace("/dev/nvidia", "/dev/other"), encoding="utf-8")
+        else:
+            file.with_name("ds01-x._.eve.json").write_text(text, encoding="utf-8")
+
     def _cdi_files(self) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in self.world.cdi.glob("ds01-*")}
 
