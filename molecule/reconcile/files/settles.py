@@ -16,10 +16,10 @@ from pathlib import Path
 sys.dont_write_bytecode = True
 sys.path.insert(0, "/opt/ds01/lib")
 
-from ds01 import reconcile, usage  # noqa: E402 - found on the path above
-from ds01.allocations import Allocations  # noqa: E402
-from ds01.drift import REPORTS  # noqa: E402
-from ds01.paths import Paths  # noqa: E402
+from ds01 import reconcile, usage
+from ds01.allocations import Allocations
+from ds01.drift import REPORTS
+from ds01.paths import Paths
 
 KEPT = [Path(path) for path in ("/var/lib/ds01", "/var/log/ds01", "/run/cdi", "/etc/ds01", "/home")]
 set_by = timedelta(seconds=int(os.environ.get("SET_BY", "0")))
