@@ -53,7 +53,7 @@ def ends(now: Ledger, config: Config) -> dict[str, datetime]:
 def _pending_end(allocation: Allocation, config: Config) -> datetime | None:
     """Until when a grant waits for its container to be started."""
     since, timeout = allocation.pending_since, config.policies.pending_timeout
-    return None if since is None or timeout is None else since + timeout
+    return None if since is None or timeout is None else units.after(since, timeout)
 
 
 def _due(allocation: Allocation, config: Config, seen: Mapping[str, Seen] | None, time: datetime) -> Outcome | None:

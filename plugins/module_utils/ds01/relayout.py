@@ -71,8 +71,6 @@ def _apply(ds01: Allocations, wanted: Wanted, force: Collection[str], say: Say) 
         planned = _foresee(ds01, driver, first, wanted, force)
         if not planned.changed:
             return planned
-        if planned.recuts:
-            _check_writable(ds01)
         with pausing.paused(planned.services, ds01.paths.paused_services, say), ds01.store.transaction() as transaction:
             if transaction.ledger.generation < first.generation:
                 raise Ds01Error(
@@ -84,6 +82,8 @@ def _apply(ds01: Allocations, wanted: Wanted, force: Collection[str], say: Say) 
             planned = replace(again, services=planned.services)
             if not planned.changed:
                 return planned
+            if planned.recuts:
+                _check_writable(ds01)  # under the lock: whoever writes has the same name for what is not finished yet
             if planned.over:
                 ds01.give_back(transaction, planned.over, planned.host.running)
             inventory = cut(ds01, driver, transaction, planned, say)
