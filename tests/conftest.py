@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,12 @@ from support import Host  # noqa: E402 - found on the path above
 settings.register_profile("ds01", deadline=None, max_examples=60, stateful_step_count=40, derandomize=True)
 settings.register_profile("long", deadline=None, max_examples=1000, stateful_step_count=60)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ds01"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hear_a_hang_up() -> None:
+    """Whoever starts tests with nohup has them ignore it, and their children, too."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -366,8 +366,9 @@ class Server:
         """The UUIDs that each container would start with, by its CDI file."""
         found = {}
         for file in self.host.cdi.glob("ds01-*.json"):
-            spec = json.loads(file.read_bytes())
-            found[spec["devices"][0]["name"]] = tuple(spec["annotations"]["ds01.io/uuids"].split(","))
+            with contextlib.suppress(FileNotFoundError):  # another process takes its own away
+                spec = json.loads(file.read_bytes())
+                found[spec["devices"][0]["name"]] = tuple(spec["annotations"]["ds01.io/uuids"].split(","))
         return found
 
     def projected_nodes(self, container: str) -> set[str]:
