@@ -37,8 +37,9 @@ def test_root_gets_no_further_than_the_user_would(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("root's", encoding="utf-8")
     secret.chmod(0o600)
-    for directory in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
-        directory.chmod(0o755)
+    for directory in (tmp_path, *tmp_path.parents):
+        if directory.stat().st_mode & 0o777 == 0o700:
+            directory.chmod(0o755)
     workspace = tmp_path / "workspace"
     workspace.mkdir()
     os.chown(workspace, nobody.uid, nobody.gid)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def left(note: Path) -> tuple[str, ...]:
 def resume(note: Path, say: Callable[[str], None]) -> Resumed:
     """Start what a killed run left stopped; nothing while a run is at work. After a reboot that is systemd's
     own business. Raises Ds01Error."""
-    if not note.exists():
+    if not os.access(note, os.R_OK):  # there is none, or somebody asks who will be refused anyway
         return Resumed()
     try:
         with _alone(note, 0), interruption.deferred():
