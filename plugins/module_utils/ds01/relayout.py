@@ -509,7 +509,7 @@ def _foresee_restore(
 def _look(ds01: Allocations, driver: nvml.Nvml, ledger: Ledger) -> Observation:
     """The host, with the engine where it runs already: asking one that does not would start it, and wait."""
     with contextlib.suppress(Ds01Error):
-        if not engine.disabled() and services.active(["docker.service"]):
+        if not engine.disabled() and services.runs("docker.service"):
             return ds01.look(ledger, driver)
     return ds01.look_at_driver(driver)
 

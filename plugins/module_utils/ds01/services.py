@@ -42,6 +42,11 @@ def stopping(units: Sequence[str]) -> tuple[Stopping, ...]:
     return tuple(Stopping(unit, "" if unit in own else cause) for unit, cause in causes.items())
 
 
+def runs(unit: str) -> bool:
+    """Whether it runs, or is about to. Raises Ds01Error `service_failed` where systemd does not answer."""
+    return _known(unit).runs
+
+
 @dataclass(frozen=True)
 class _Known:
     """A unit's own name where it was asked about by another, whether it runs, and what a stop of it stops."""
