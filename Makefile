@@ -48,10 +48,11 @@ demo: env sim ## A lab host, site.yml, a container for alice and a status page
 	@lab/demo
 
 .PHONY: lint
-lint: env ## ruff, yamllint and ansible-lint
+lint: env ## ruff, mypy, yamllint and ansible-lint
 	@echo "== lint"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy --no-error-summary
 	@PATH="$(CURDIR)/$(BIN):$$PATH" yamllint --strict .
 	@PATH="$(CURDIR)/$(BIN):$$PATH" ansible-lint --offline -q
 
@@ -84,4 +85,4 @@ bench: env sim ## Measure, beside the floor and what users had before
 
 .PHONY: clean
 clean: lab-down ## Remove what was built here (the lab's cached image stays)
-	rm -rf build $(VENV) .cache .pytest_cache .ruff_cache .hypothesis inventory/lab
+	rm -rf build $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis inventory/lab

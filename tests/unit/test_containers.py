@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -17,9 +18,10 @@ from ds01.container_spec import ContainerRequest
 from ds01.containers import Containers, Report, Wish
 from ds01.engine import Container, Image, Listing
 from ds01.errors import Ds01Error
+from ds01.model import Ledger, Process, Request, Ticket, Waiter
 from ds01.names import Account, ContainerName
 from ds01.paths import Paths
-from support import Host
+from support import NOW, Host
 
 OLD = names.set_aside("p._.alice")
 
@@ -150,6 +152,18 @@ def test_many_that_are_gone_are_told_from_one_listing(docker: Engine) -> None:
     reports = apply(*(wish("absent", f"p{index}") for index in range(50)))
     assert docker.asked == {"listing": 1}
     assert not any(report.actions or report.error for report in reports)
+
+
+def test_one_who_waits_is_looked_at_by_itself(docker: Engine) -> None:
+    """The listing does not show that the ledger knows the name."""
+    store = Allocations(Paths.from_env()).store
+    ticket = Ticket(NOW, NOW + timedelta(hours=1), Process(1, 1))
+    with store.locked():
+        store.write(Ledger(queue=(Waiter(Request("p1._.alice", "alice"), 10, None, ticket),)))
+    docker.asked.clear()
+    reports = apply(*(wish("absent", f"p{index}") for index in range(3)))
+    assert [report.error for report in reports] == [None] * 3
+    assert docker.asked.keys() == {"listing", "inspect"}
 
 
 def test_those_that_differ_are_looked_at_by_themselves(docker: Engine) -> None:

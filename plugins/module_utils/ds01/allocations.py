@@ -43,6 +43,7 @@ from .transitions import Change, Outcome, after, bound, decide, device_problem, 
 
 if TYPE_CHECKING:
     from .mig import GpuState, Placed
+    from .rebuild import Claim, Rebuilt
 
 _EVENTS = {"granted": "gpu.allocated", "held": "gpu.held", "released": "gpu.released", "expired": "gpu.released"}
 
@@ -289,6 +290,7 @@ class Allocations:
         """The plan once it is carried out, all of it. Raises Ds01Error."""
         from . import relayout  # a host whose GPUs stay as they are does without
 
+        assert sources.driver is not None  # noqa: S101 - only GPUs that it showed are in a plan
         inventory = relayout.cut_on_demand(self, sources.driver, transaction, seen, plan.cuts)
         seen = replace(seen, inventory=inventory)
         done = self._bound(plan, transaction.ledger, seen)
@@ -376,7 +378,7 @@ class Allocations:
             queue = tuple(w for w in now.queue if w.request.container not in containers)
             transaction.commit(replace(now, queue=queue), self.clock())
 
-    def rebuild(self) -> rebuild.Rebuilt:
+    def rebuild(self) -> Rebuilt:
         """Restore what the ledger lost, from the containers' own records; a damaged file is kept aside."""
         with nvml.session() as driver, self.store.locked():
             time = self.clock()
@@ -429,19 +431,19 @@ class Allocations:
         has = {a.container: _uuids(a) for a in allocations.values()}
         return [container for container in had if had[container] != has.get(container)]
 
-    def foresee_rebuild(self) -> rebuild.Rebuilt:
+    def foresee_rebuild(self) -> Rebuilt:
         """What `rebuild` would restore now. Writes nothing."""
         lost = self.store.lost()
         with nvml.session() as driver:
             return self._rebuilt(Ledger() if lost else self.store.read(), driver.inventory(), lost)
 
-    def _rebuilt(self, before: Ledger, inventory: Inventory, lost: bool) -> rebuild.Rebuilt:
+    def _rebuilt(self, before: Ledger, inventory: Inventory, lost: bool) -> Rebuilt:
         """What is known, and what containers claim. A ledger that is whole says who gave a device back:
         then only a container that runs can still have one."""
         claimed = [claim for claim in self._claims() if lost or claim.runs]
         return rebuild.rebuild(claimed, inventory, resolved(before, inventory).allocations)
 
-    def _claims(self) -> list[rebuild.Claim]:
+    def _claims(self) -> list[Claim]:
         def priority(user: str) -> int:
             return limits.resolve(self.config, user).priority
 

@@ -187,7 +187,7 @@ class Containers:
             seen, now = engine.Snapshot(self._engine), self._allocations.store.read()
         except Ds01Error:
             return {}  # each says so for itself
-        known = {*now.allocations, *(waiter.request.name.full for waiter in now.queue)}
+        known = {*now.allocations, *(waiter.request.container for waiter in now.queue)}
         reports = {w.name.full: self._as_it_is(w, seen, known) for w in wishes if times[w.name.full] == 1}
         return {name: report for name, report in reports.items() if report}
 
@@ -303,7 +303,8 @@ class Containers:
         outcome = waiting.apply(self._allocations, [self._change(wish, plan)])[0]
         _raise_refusal(outcome)
         if outcome.changed:
-            kept = outcome.before is not None and outcome.allocation.devices == outcome.before.devices
+            before, after = outcome.before, outcome.allocation
+            kept = before is not None and after is not None and after.devices == before.devices
             undo.callback(self._allocations.apply, [Change("held" if kept else "released", wish.name)])
         return outcome.changed and not kept
 

@@ -33,7 +33,7 @@ class EventLog:
 
     def write(self, event: str, now: datetime, **fields: object) -> None:
         """Append one event. Absent values are left out; an overlong text is cut, never the line."""
-        record = {"timestamp": units.format_time(now), "event": event, "actor": self._actor}
+        record: dict[str, object] = {"timestamp": units.format_time(now), "event": event, "actor": self._actor}
         record.update({key: value for key, value in fields.items() if value not in (None, "")})
         line = _encode(record)
         for length in (500, 100, 20):

@@ -398,6 +398,13 @@ def _given_aggregate(raw: RawLayer | None, path: str) -> RawLayer:
     return given
 
 
+def _container_defaults(raw: RawLayer) -> ContainerDefaults:
+    given = {key: value for key, value in raw.items() if value is not None}
+    if "allowed_mounts" in given:
+        given["allowed_mounts"] = tuple(given["allowed_mounts"])
+    return ContainerDefaults(**given)
+
+
 def _event_files(raw: RawLayer) -> EventFiles:
     known = dict(raw)
     if "rotate_at" in known:
@@ -440,7 +447,6 @@ def parse_config(document: Mapping[str, Any], members: Mapping[str, tuple[str, .
     defaults = dict(_layer(_BUILTIN, "built-in"))
     defaults.update(_layer(document.get("defaults"), "defaults"))
     gpu = document.get("gpu_allocation") or {}
-    containers = document.get("containers") or {}
     return Config(
         defaults=defaults,
         default_group=document.get("default_group") or "student",
@@ -464,9 +470,7 @@ def parse_config(document: Mapping[str, Any], members: Mapping[str, tuple[str, .
             for user, raw in overrides.items()
         },
         exemptions=parse_exemptions(document.get("exemptions")),
-        containers=ContainerDefaults(
-            **{k: tuple(v) if k == "allowed_mounts" else v for k, v in containers.items() if v is not None}
-        ),
+        containers=_container_defaults(document.get("containers") or {}),
         events=_event_files(document.get("events") or {}),
         metrics=MetricsFiles(**(document.get("metrics") or {})),
         written=_written(

@@ -269,10 +269,12 @@ def _users(picture: Picture) -> Iterator[Family]:
         yield _gauge(f"user_{name}_limit", f"{what} that a user may have; absent where unlimited.", capped)
 
     mine = {user: ledger.of_user(user) for user in users} if ledger else None
-    devices = mine and {user: sum(len(a.devices) for a in its) for user, its in mine.items()}
-    shares = mine and {
-        user: float(sum((d.equivalents for a in its for d in a.devices), Fraction(0))) for user, its in mine.items()
-    }
+    devices = None if mine is None else {user: sum(len(a.devices) for a in its) for user, its in mine.items()}
+    shares = (
+        None
+        if mine is None
+        else {u: float(sum((d.equivalents for a in its for d in a.devices), Fraction(0))) for u, its in mine.items()}
+    )
     of = picture.limits
     yield from used_and_limit("devices", "Devices", devices, {u: of[u].max_gpus for u in users})
     yield from used_and_limit(

@@ -46,7 +46,7 @@ def session() -> Iterator[Nvml]:
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as exc:
-        code = getattr(exc, "value", None)
+        code = getattr(exc, "value", 0)
         problem = "libnvidia-ml.so.1 was not found" if code == 12 else str(exc).rstrip(".")
         raise Ds01Error(
             "driver_unavailable",
@@ -384,7 +384,7 @@ def _lost(exc: Exception) -> bool:
 
 
 def _unreadable(index: int, exc: Exception) -> Ds01Error:
-    hint = _INIT_HINTS.get(getattr(exc, "value", None), "nvidia-smi shows more.")
+    hint = _INIT_HINTS.get(getattr(exc, "value", 0), "nvidia-smi shows more.")
     return Ds01Error("driver_unavailable", f"GPU {index} cannot be read: {str(exc).rstrip('.')}.", hint)
 
 

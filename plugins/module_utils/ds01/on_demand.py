@@ -30,7 +30,9 @@ def grant(request: Request, limits: Limits, situation: placement.Situation) -> G
     booked = [gpu for gpu in gpus if _is_booked(gpu, profile, limits, situation)]
     for group in (booked, gpus):
         cuts = cut_for(group, profile, more, situation.ledger.load, situation.policy.strategy)
-        decision = placement.decide(request, limits, imagined(situation, cuts)) if cuts else None
+        if not cuts:
+            continue
+        decision = placement.decide(request, limits, imagined(situation, cuts))
         if isinstance(decision, Grant):
             return replace(decision, cuts=cuts)
     return None

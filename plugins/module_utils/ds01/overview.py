@@ -70,6 +70,9 @@ def gather(allocations: Allocations, users: Sequence[str]) -> dict[str, Any]:
             problems.append({"reason": exc.reason, "msg": str(exc)})
             return otherwise
 
+    def limits_of(user: str) -> Any:
+        return part(lambda: limits.as_dict(allocations.limits(user)), None)
+
     seen = part(lambda: status(allocations), {})
     problems.extend(p for p in seen.get("problems", ()) if p["reason"] != "engine_unavailable")
     version = part(lambda: dict(allocations.engine.version()), {}) if not engine.disabled() else {}
@@ -82,7 +85,7 @@ def gather(allocations: Allocations, users: Sequence[str]) -> dict[str, Any]:
         "holds": [a for a in shown if a["status"] == "held"],
         "queue": seen.get("queue", []),
         "containers": [_container(c) for c in found],
-        "limits": {u: part(lambda u=u: limits.as_dict(allocations.limits(u)), None) for u in users},
+        "limits": {user: limits_of(user) for user in users},
         "versions": {
             "driver": seen.get("driver_version") or None,
             "engine": version.get("Version"),

@@ -56,7 +56,7 @@ class Situation:
     occupied: Mapping[str, str] = field(default_factory=dict)
     kept: Collection[str] = ()
     preferred: Mapping[str, int] = field(default_factory=dict)
-    queue: Sequence[Waiter] = ()
+    queue: tuple[Waiter, ...] = ()
     reclaim: bool = True
     cuttable: Sequence[GpuState] = ()
 

@@ -56,8 +56,8 @@ def find(
         devices = [d.uuid for d in inventory.devices if occupancy.covers(use, d, minors.get(d.gpu_uuid))]
         if devices:
             spared = use.id in around.own or not use.id
-            stranger = Stranger(occupancy.in_words(use), tuple(devices), use.container, use.id, spared=spared)
-            found["container", use.id or use.container] = stranger
+            container = Stranger(occupancy.in_words(use), tuple(devices), use.container, use.id, spared=spared)
+            found["container", use.id or use.container] = container
     for device in inventory.devices:
         holder = ledger.holder_of(device)
         in_use = holder is not None and holder.status != "held"
