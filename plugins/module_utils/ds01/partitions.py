@@ -212,7 +212,7 @@ class Planned:
     """What a change does to this host, so that its GPUs are as `cuts` says.
 
     `services` are stopped meanwhile; `repairs` say what else is not as it should be and will be put right;
-    `warnings` what was asked for and means nothing.
+    `warnings` what was asked for and means nothing, `problems` what went wrong beside the layout.
     `over` are allocations that are over anyway, and that `host` is without.
     """
 
@@ -223,6 +223,7 @@ class Planned:
     repairs: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     over: tuple[Outcome, ...] = ()
+    problems: tuple[str, ...] = ()
 
     @property
     def changed(self) -> bool:
@@ -259,7 +260,7 @@ class Planned:
             "released": list(self.released),
             "given_back": list(self.given_back),
             "repairs": list(self.repairs),
-            "warnings": list(self.warnings) if self.recuts else [],
+            "warnings": [*(self.warnings if self.recuts else ()), *self.problems],
             "msg": self.summary(),
         }
 
