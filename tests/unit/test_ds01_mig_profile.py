@@ -138,6 +138,36 @@ class TestOnAServer:
         assert not again["changed"]
         assert {step["action"] for step in again["plan"]} == {"keep"}
 
+    def test_a_lost_gpu_is_left_out_of_what_is_exported_and_keeps_its_layout(self, server: Server) -> None:
+        server.apply(g0="3g.40gb")
+        before = server.cuts()
+        server.simulate("lost=1")
+        result = ds01_mig_profile.exported(service(), "current")
+        assert result["warnings"] == ["GPU 1 is lost: how it is cut cannot be seen, and it is left out."]
+        assert result["document"]["mig-configs"]["current"] == [
+            {"devices": [0], "mig-enabled": True, "mig-devices": {"3g.40gb": 1}}
+        ]
+        file = server.host.root / "found.yaml"
+        file.write_text(result["text"], encoding="utf-8")
+        server.simulate("found=1")
+        run(layout="current", layouts_file=str(file))
+        assert server.cuts() == before
+
+    def test_where_every_gpu_is_lost_nothing_is_exported(self, server: Server) -> None:
+        server.simulate("lost=0", "lost=1")
+        result = ds01_mig_profile.exported(service(), "current")
+        assert len(result["warnings"]) == 2
+        assert yaml.safe_load(result["text"]) == result["document"]
+        assert result["document"]["mig-configs"] == {"current": []}
+
+    def test_what_could_not_be_seen_is_told_with_what_is_exported(self, server: Server) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DOCKER_HOST", f"unix://{server.host.root}/no-engine.sock")
+            patch.delenv("DS01_ENGINE")
+            result = ds01_mig_profile.exported(service(), "current")
+        assert [warning.startswith("Not everything could be seen: ") for warning in result["warnings"]] == [True]
+        assert len(result["document"]["mig-configs"]["current"]) == 2
+
 
 @pytest.mark.parametrize(
     ("written", "meaning"),
