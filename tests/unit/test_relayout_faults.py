@@ -246,6 +246,23 @@ def test_a_gpu_is_lost_in_the_middle(number: int, server: Server) -> None:
     server.check_all_done()
 
 
+def test_a_mode_that_cannot_be_switched_back_is_told(server: Server) -> None:
+    """The driver returns that it is in use, and raises nothing."""
+
+    def meanwhile() -> None:
+        server.simulate("busy=1", "lost=0")  # monitoring opens the new MIG GPU, the other one falls off the bus
+
+    server.calls.before("nvmlDeviceCreateGpuInstanceWithPlacement", meanwhile)
+    refusal = server.refused(g0=ANEW, g1="3g.40gb")
+    assert refusal.details["undone"] is False
+    for part in ("Not undone: MIG mode of GPU 1 was switched (", "did not switch MIG off on GPU 1: another client"):
+        assert part in str(refusal)
+    server.calls.clear()
+    server.simulate("idle=1", "found=0")
+    server.apply(g0=ANEW, g1="3g.40gb")
+    server.check_all_done()
+
+
 @pytest.mark.parametrize("refused_from", ["the first look", "the first change"])
 def test_only_root_may(refused_from: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another user's process, on a driver that asks who one is."""
