@@ -44,6 +44,7 @@ options:
     description:
       - The file that O(layout) is in, on the host, in the format of NVIDIA's mig-parted. Left out, it is
         C(mig-layouts.yaml) beside the limits file.
+      - When O(state=present), O(layout) is required with it.
     type: path
   force:
     description:

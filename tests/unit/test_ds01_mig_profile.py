@@ -90,6 +90,16 @@ class TestOnAServer:
         assert run()["changed"]
         assert server.cuts() == ["3g.40gb@0 3g.40gb@4"] * 2
 
+    @pytest.mark.parametrize("check", [True, False], ids=["check", "run"])
+    def test_a_file_of_layouts_without_a_name_is_no_wish(self, check: bool, server: Server) -> None:
+        """Without it the limits file would count, for all GPUs."""
+        server.host.limits("gpu_allocation: {enable_mig: true, mig_profile: 3g.40gb}\n")
+        before, file = server.cuts(), ROOT / "config" / "mig-layouts.yaml"
+        with pytest.raises(Ds01Error, match=f"{file} is a file of layouts, and none of them is named") as caught:
+            run(check, layouts_file=str(file))
+        assert (caught.value.reason, server.cuts()) == ("invalid_input", before)
+        assert "all-balanced" in caught.value.hint
+
     def test_a_refusal_says_who_is_in_the_way(self, server: Server) -> None:
         for check in (True, False):
             with pytest.raises(Ds01Error, match=r"p\._\.alice of alice") as caught:
@@ -278,8 +288,9 @@ class TestThePlaybook:
             (["-e", "ds01_mig_state=absent"], "value of ds01_mig_state must be one of"),
             (["-e", "ds01_mig_gpus=1"], "ds01_mig_gpus"),
             (["-e", '{"ds01_mig_gpus": {"0": []}, "ds01_mig_layout": "x"}'], "mutually exclusive"),
+            (["-e", "ds01_mig_layouts_file=/nowhere.yaml"], "none of them is named"),
         ],
-        ids=["a template", "no such state", "no mapping", "two wishes"],
+        ids=["a template", "no such state", "no mapping", "two wishes", "a file and no name"],
     )
     def test_inputs(self, options: list[str], problem: str, fleet: Fleet) -> None:
         done = fleet.play(*options)

@@ -316,6 +316,12 @@ USAGE: dict[str, tuple[list[str], int, str]] = {
     "a profile of another model": (["--gpu", "2=1g.10gb"], 1, "GPU 2 (NVIDIA A30) has no profile 1g.10gb; it has 1g.6"),
     "no room": (["--gpu", "2=2g.12gb,2g.12gb,1g.6gb"], 1, "no room for 2 x 2g.12gb, 1g.6gb together"),
     "no such layout": (["--layout", "all-balance"], 2, "There is no layout 'all-balance'."),
+    "a file and no name": (
+        ["--layouts", str(ROOT / "config" / "mig-layouts.yaml")],
+        2,
+        "none of them is named. Name one; there are: all-disabled,",
+    ),
+    "a file and a GPU": (["--gpu", "1=", "--layouts", "/nowhere.yaml"], 2, "Name one, or leave the file out."),
     "no such file": (["--layout", "x", "--layouts", "/nowhere.yaml"], 2, "/nowhere.yaml: the file of MIG layouts"),
     "the short form": ([], 1, "GPU 2 (NVIDIA A30) has no profile 2g.20gb; it has 1g.6"),
     "both": (["--layout", "x", "--gpu", "1="], 2, "not allowed with argument"),

@@ -591,7 +591,10 @@ def _add_wanted_layout(command: Any) -> None:
         help="a GPU and its profiles (1=: MIG without instances, 1=full: MIG off)",
     )
     command.add_argument(
-        "--layouts", type=Path, metavar="FILE", help="default: mig-layouts.yaml beside the limits file"
+        "--layouts",
+        type=Path,
+        metavar="FILE",
+        help="the file that --layout is in (default: mig-layouts.yaml beside the limits file)",
     )
     command.add_argument(
         "--force", action="append", default=[], metavar="CONTAINER", help="full name of one whose devices it may break"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -77,6 +78,8 @@ def wanted(
 ) -> Wanted:
     """A layout by its name, or profiles by GPU index (`[]`: MIG without instances, `["full"]`: MIG off);
     with neither the limits file's short form. Raises Ds01Error for what makes no sense on any host."""
+    if layouts_file is not None and layout is None:
+        raise _nameless(layouts_file)
     if layout is not None:
         known = config.load_layouts(layouts_file or allocations.paths.layouts)
         return functools.partial(layouts.select, known, layout)
@@ -84,6 +87,15 @@ def wanted(
         cuts = {index: layouts.cut_of(profiles) for index, profiles in gpus.items()}
         return lambda _: cuts
     return functools.partial(_short_form, allocations.config.gpu)
+
+
+def _nameless(file: Path) -> Ds01Error:
+    """A file of layouts and none of its names: without it another wish would count."""
+    names: list[str] = []
+    with contextlib.suppress(Ds01Error):
+        names = list(config.load_layouts(file))
+    hint = f"Name one; there are: {', '.join(names)}." if names else "Name one, or leave the file out."
+    return invalid_input(f"{file} is a file of layouts, and none of them is named.", hint)
 
 
 def _short_form(policy: GpuPolicy, gpus: Sequence[GpuState]) -> dict[int, Cut]:
