@@ -263,6 +263,19 @@ def test_a_mode_that_cannot_be_switched_back_is_told(server: Server) -> None:
     server.check_all_done()
 
 
+def test_a_change_that_is_not_in_the_log_is_told(server: Server) -> None:
+    """As a grant's: what was done is done."""
+    server.host.events.unlink()
+    server.host.events.mkdir()
+    told = [f"The event log {server.host.events} could not be written: Is a directory."]
+    assert server.apply(g0=ANEW).result()["warnings"] == told
+    assert server.apply(g0=ANEW).result()["warnings"] == [], "nothing was to be written"
+    server.boot()
+    restored = server.restore()
+    assert (restored.result()["warnings"], restored.problems) == (told, ())
+    server.check_all_done()
+
+
 @pytest.mark.parametrize("refused_from", ["the first look", "the first change"])
 def test_only_root_may(refused_from: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another user's process, on a driver that asks who one is."""

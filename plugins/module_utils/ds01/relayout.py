@@ -72,7 +72,7 @@ def apply(ds01: Allocations, wanted: Wanted, force: Collection[str] = (), say: S
         for problem in problems:
             say(problem)
         raise
-    problems = [str(found.problem) for found in _recorded(ds01, unstarted)]
+    problems = [*(str(found.problem) for found in _recorded(ds01, unstarted)), *_unlogged(ds01)]
     return replace(
         planned, repairs=(*_left_stopped(resumed.started), *planned.repairs), problems=(*planned.problems, *problems)
     )
@@ -418,6 +418,11 @@ def _record(ds01: Allocations, planned: Planned, before: Ledger) -> None:
             ds01.events.write("mig.changed", now, gpu=plan.gpu, uuid=uuid, message=f"GPU {plan.gpu}: {steps}.")
 
 
+def _unlogged(ds01: Allocations) -> tuple[str, ...]:
+    """That what was done is not in the log, in words."""
+    return (ds01.events.problem,) if ds01.events.problem else ()
+
+
 def _record_refusal(ds01: Allocations, planned: Planned, exc: BaseException) -> None:
     reason = exc.reason if isinstance(exc, Ds01Error) else "interrupted"
     gpus = [plan.gpu for plan in planned.plans if plan.changes]
@@ -429,13 +434,15 @@ def _record_refusal(ds01: Allocations, planned: Planned, exc: BaseException) -> 
 
 @dataclass(frozen=True)
 class Restored:
-    """What a restore did. `problems` say which GPUs, or what else, are not as before."""
+    """What a restore did. `problems` say which GPUs, or what else, are not as before; `warnings` what went wrong
+    beside that."""
 
     plans: tuple[mig.Plan, ...] = ()
     inventory: Inventory | None = None
     problems: tuple[str, ...] = ()
     renamed: bool = False
     """Whether the ledger's devices have other names now."""
+    warnings: tuple[str, ...] = ()
 
     @property
     def changed(self) -> bool:
@@ -448,6 +455,7 @@ class Restored:
             "plan": [partitions.step_record(step) for plan in self.plans for step in plan.steps],
             "devices": [records.device_record(d) for d in self.inventory.devices] if self.inventory else [],
             "problems": list(self.problems),
+            "warnings": list(self.warnings),
             "msg": self.summary(),
         }
 
@@ -492,7 +500,7 @@ def restore(ds01: Allocations, say: Say = _silent) -> Restored:
     renamed = transaction is not None and transaction.ledger.generation != ledger.generation
     restored = Restored(tuple(plans[uuid] for uuid in done), inventory, tuple(problems), renamed)
     _record_restore(ds01, restored)
-    return restored
+    return replace(restored, warnings=_unlogged(ds01))
 
 
 def _readable(ds01: Allocations) -> tuple[Ledger, list[str]]:
