@@ -293,6 +293,18 @@ def test_all_who_may_be_forced_are_named(start: Start) -> None:  # noqa: F811
     assert server.apply(["p._.alice", "q._.bob"], g0="7g.80gb", g1="7g.80gb").released == ("p._.alice", "q._.bob")
 
 
+@pytest.mark.parametrize(("forced", "other"), [("p._.alice", "q._.bob"), ("q._.bob", "p._.alice")])
+def test_those_who_are_forced_already_are_named_too(forced: str, other: str, start: Start) -> None:  # noqa: F811
+    """Whoever does what the hint says gets the layout, and not the same hint with the names changed over."""
+    server = start("A100-SXM4-80GB", g0="2g.20gb,2g.20gb")
+    for container in ("p._.alice", "q._.bob"):
+        server.allocate(container, "2g.20gb")
+        server.report("held", container)
+    refusal = server.refused([forced, "x._.nobody"], g0="7g.80gb")
+    assert refusal.hint == f"To break it all the same, force: {forced}, {other}."
+    assert server.apply([forced, other], g0="7g.80gb").changed
+
+
 def test_where_a_process_is_in_the_way_too_nothing_is_to_be_forced(start: Start) -> None:  # noqa: F811
     server = start("2xA100-SXM4-80GB", g0="3g.40gb", g1="3g.40gb")
     server.allocate("p._.alice", "3g.40gb")

@@ -306,15 +306,15 @@ def _unknown(host: Host, force: Collection[str]) -> Iterator[str]:
     return (f"force: no container {name} has a device here." for name in force if name not in host.ledger.allocations)
 
 
-def _remedy(refusals: Iterable[mig.LayoutRefusal], running: Collection[str]) -> str:
-    """What may be forced, if that would do."""
+def _remedy(refusals: Iterable[mig.LayoutRefusal], running: Collection[str], forced: Iterable[str]) -> str:
+    """What may be forced, if that would do; with those that are `forced` already, or they would be in the way then."""
     holders = [holder for found in refusals for holder in found.blocked_by]
     names = list(dict.fromkeys(holder.container for holder in holders))
     run = [name for name in names if name in running]
     if not all(names) or any(not found.blocked_by for found in refusals):
         return ""
     first = f"{', '.join(run)} runs, and force takes no running container's device. {STOP_HINT} " if run else ""
-    return f"{first}To break it all the same, force: {', '.join(names)}."
+    return f"{first}To break it all the same, force: {', '.join(dict.fromkeys([*forced, *names]))}."
 
 
 def refusal(refusals: Sequence[mig.LayoutRefusal], host: Host, force: Collection[str] = ()) -> Ds01Error:
@@ -341,7 +341,8 @@ def refusal(refusals: Sequence[mig.LayoutRefusal], host: Host, force: Collection
         for r in refusals
     ]
     message = " ".join([*(r.message for r in refusals), *_unknown(host, force)])
-    return Ds01Error(first.reason, message, first.hint or _remedy(refusals, host.running), refusals=details)
+    forced = [name for name in force if name in host.ledger.allocations]
+    return Ds01Error(first.reason, message, first.hint or _remedy(refusals, host.running, forced), refusals=details)
 
 
 def step_record(step: Step) -> dict[str, Any]:
