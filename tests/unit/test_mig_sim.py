@@ -293,7 +293,7 @@ def test_who_is_in_the_way_is_named_and_may_be_forced(server: Server) -> None:
     assert (blocker["container"], blocker["user"]) == ("p._.alice", "alice")
     (hold,) = server.ds01("status", "--json").json["allocations"]
     assert blocker["until"] == one["available_at"] == hold["hold_ends"]
-    assert f"2g.20gb at 0:2 is in use by p._.alice of alice until {blocker['until']}" in refused.err
+    assert f"2g.20gb at 0-1 is in use by p._.alice of alice until {blocker['until']}" in refused.err
     forced = server.ds01(*argv, "--force", "p._.alice")
     assert forced.code == 0
     assert "  ! this takes 2g.20gb at 0-1 from p._.alice of alice until" in forced.out

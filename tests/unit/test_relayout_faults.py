@@ -90,13 +90,13 @@ BEFORE: dict[str, Fault] = {
         sim(),
         {"g0": "4g.40gb,3g.40gb"},
         "layout_in_use",
-        ("2g.20gb at 0:2 is in use by p._.alice of alice", "1g.10gb at 2:1 is in use by q._.bob of bob until 2"),
+        ("2g.20gb at 0-1 is in use by p._.alice of alice", "1g.10gb at 2 is in use by q._.bob of bob until 2"),
     ),
     "a process outside DS01 is on it": (
         sim(f"process=0.0:{os.getpid()}"),
         {"g0": ANEW},
         "layout_in_use",
-        ("3g.40gb at 4:4", f"process {os.getpid()} ("),
+        ("3g.40gb at 4-7", f"process {os.getpid()} ("),
     ),
     "a process is on the whole GPU": (
         sim(f"process=1:{os.getpid()}"),

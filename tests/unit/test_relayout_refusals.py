@@ -87,7 +87,7 @@ CASES: dict[str, Case] = {
         CREATE,
         somebody(0, "1g.10gb", 4),
         "layout_impossible",
-        ("GPU 0", "2g.20gb at 4", "no room", "somebody else"),
+        ("GPU 0", "2g.20gb at 4-5", "no room", "somebody else"),
         stays=("2g.20gb@0 1g.10gb@2 1g.10gb@3 1g.10gb@4", "off"),
     ),
     "the place is taken, after one was made": Case(
@@ -126,11 +126,11 @@ CASES: dict[str, Case] = {
         CI_DESTROY,
         sim("process=0.0:1"),
         "layout_in_use",
-        ("GPU 0", "remove 3g.40gb at 4", "another client uses it"),
+        ("GPU 0", "remove 3g.40gb at 4-7", "another client uses it"),
         reverts=sim("exit=0:1"),
     ),
     "a client that is no process": Case(
-        FULL, ANEW, CI_DESTROY, sim("busy=0:0"), "layout_in_use", ("GPU 0", "3g.40gb at 4"), reverts=free_all
+        FULL, ANEW, CI_DESTROY, sim("busy=0:0"), "layout_in_use", ("GPU 0", "3g.40gb at 4-7"), reverts=free_all
     ),
     "a client comes after others are gone": Case(
         {"g0": "2g.20gb,1g.10gb,1g.10gb,1g.10gb,1g.10gb,1g.10gb"},
@@ -143,7 +143,7 @@ CASES: dict[str, Case] = {
         reverts=free_all,
     ),
     "a client holds the emptied GPU instance": Case(
-        FULL, ANEW, GI_DESTROY, hold_emptied, "layout_in_use", ("GPU 0", "3g.40gb at 4"), reverts=free_all
+        FULL, ANEW, GI_DESTROY, hold_emptied, "layout_in_use", ("GPU 0", "3g.40gb at 4-7"), reverts=free_all
     ),
     "somebody makes a compute instance in the emptied one": Case(
         FULL,
@@ -151,7 +151,7 @@ CASES: dict[str, Case] = {
         GI_DESTROY,
         lambda server: server.somebody_completes(0),
         "layout_in_use",
-        ("GPU 0", "3g.40gb at 4"),
+        ("GPU 0", "3g.40gb at 4-7"),
     ),
     "the GPU is used when its mode is to change (Ampere)": Case(
         FULL, {"g1": "2g.20gb"}, MODE, sim("busy=1"), "layout_in_use", ("GPU 1", "MIG on"), reverts=free_all

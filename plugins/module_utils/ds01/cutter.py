@@ -78,7 +78,7 @@ class Cutter:
     # --- instances
 
     def _destroy(self, gpu: GpuState, profile: Profile, start: int) -> None:
-        what = f"{profile.name} at {start}"
+        what = f"{profile.name} at {mig.span(start, profile.size)}"
         with self._refusals(gpu, f"remove {what} from"):
             instance = self._find(gpu, profile, start)
             self._undo.append((f"{what} of GPU {gpu.index} was removed", lambda: self._complete(gpu, profile, start)))
@@ -86,7 +86,7 @@ class Cutter:
             self._patiently(self._n.nvmlGpuInstanceDestroy, instance)
 
     def _create(self, gpu: GpuState, profile: Profile, start: int) -> None:
-        what = f"{profile.name} at {start}"
+        what = f"{profile.name} at {mig.span(start, profile.size)}"
         with self._refusals(gpu, f"make {what} on"):
             instance = self._place(gpu, profile, start)
             made = self._n.nvmlGpuInstanceGetInfo(instance).id
@@ -175,7 +175,8 @@ class Cutter:
         if instance is None:
             raise Ds01Error(
                 "layout_impossible",
-                f"{profile.name} at {start} of GPU {gpu.index} is gone: somebody else cuts this GPU now.",
+                f"{profile.name} at {mig.span(start, profile.size)} of GPU {gpu.index} is gone:"
+                " somebody else cuts this GPU now.",
                 "Run this again: the plan is made anew.",
             )
         return instance

@@ -23,6 +23,12 @@ KEEP, CREATE, DESTROY, ENABLE, DISABLE = "keep", "create", "destroy", "enable", 
 Placement = tuple[int, int]
 """The memory slices of an instance as NVML counts them: (start, size)."""
 
+
+def span(start: int, size: int) -> str:
+    """The memory slices of an instance, as people read them: `4-7`, or `2`."""
+    return str(start) if size == 1 else f"{start}-{start + size - 1}"
+
+
 _IN_USE = 1000
 """What keeping an instance in use is worth beside keeping one that nobody uses (1): more than all of those."""
 
@@ -208,7 +214,9 @@ class Step:
     uuid: str = ""
 
     def __str__(self) -> str:
-        return f"{self.action} {self.profile} at {self.placement[0]}" if self.placement else f"{self.action} MIG mode"
+        return (
+            f"{self.action} {self.profile} at {span(*self.placement)}" if self.placement else f"{self.action} MIG mode"
+        )
 
 
 @dataclass(frozen=True)
@@ -526,7 +534,8 @@ def _end(instance: Instance) -> datetime:
 
 
 def _in_the_way(gpu: GpuState, wanted: Cut | Placed, instances: Sequence[Instance]) -> LayoutRefusal:
-    places = [(f"{i.profile} at {i.start}:{i.size}", h) for i in sorted(instances, key=_place_of) for h in i.holders]
+    in_order = sorted(instances, key=_place_of)
+    places = [(f"{i.profile} at {span(*i.placement)}", holder) for i in in_order for holder in i.holders]
     return _blocked(gpu, wanted, places)
 
 
