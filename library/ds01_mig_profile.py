@@ -24,7 +24,8 @@ options:
   state:
     description:
       - V(present) cuts the GPUs.
-      - V(exported) changes nothing and returns how they are cut, as a file of layouts.
+      - V(exported) changes nothing and returns how they are cut, as a file of layouts. A GPU that the driver lost is
+        left out, with a warning.
     type: str
     choices: [present, exported]
     default: present
@@ -43,6 +44,7 @@ options:
     description:
       - The file that O(layout) is in, on the host, in the format of NVIDIA's mig-parted. Left out, it is
         C(mig-layouts.yaml) beside the limits file.
+      - When O(state=present), O(layout) is required with it.
     type: path
   force:
     description:
@@ -221,12 +223,17 @@ def profiles(gpus: Mapping[Any, Any]) -> dict[int, list[str]]:
 
 def exported(ds01: Allocations, name: str) -> dict[str, Any]:
     """The module's result with the layout as it is now."""
-    gpus = partitions.look(ds01, strict=False).gpus
-    document = layouts.exported(gpus, name)
+    host = partitions.look(ds01, strict=False)
+    document = layouts.exported(host.gpus, name)
+    lost = [gpu.index for gpu in host.gpus if gpu.health == "lost"]
     return {
         "changed": False,
         "reason": "ok",
-        "msg": f"How {len(gpus)} GPUs are cut, as the layout {name}.",
+        "msg": f"How {len(host.gpus) - len(lost)} GPUs are cut, as the layout {name}.",
+        "warnings": [
+            *(f"GPU {index} is lost: how it is cut cannot be seen, and it is left out." for index in lost),
+            *(f"Not everything could be seen: {problem['msg']}" for problem in host.problems),
+        ],
         "document": document,
         "text": layouts.text(document),
         "diff": [],

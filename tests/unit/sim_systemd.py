@@ -18,7 +18,8 @@ verb, names = sys.argv[1], sys.argv[sys.argv.index("--") + 1 :]
 
 def read(name):
     file = UNITS / name
-    return json.loads(file.read_text()) if file.exists() else {{"ActiveState": "inactive"}}
+    missing = {{"ActiveState": "inactive", "LoadState": "not-found"}}
+    return {{"LoadState": "loaded", **json.loads(file.read_text())}} if file.exists() else missing
 
 
 def become(name, state):
@@ -45,6 +46,10 @@ for name in names:
     elif verb == "stop":
         stop(name, set())
     elif verb == "start":
+        if read(name)["LoadState"] != "loaded":
+            sys.exit(f"Failed to start {{name}}: Unit is {{read(name)['LoadState']}}.")
+        if "fails" in read(name):
+            sys.exit(f"Job for {{name}} failed.")
         become(name, "active")
 """
 
@@ -55,9 +60,13 @@ class Systemd:
 
     folder: Path
 
-    def unit(self, name: str, state: str = "active", **dependents: str) -> None:
-        """`RequiredBy="a.service b.service"` as `systemctl show` prints it."""
-        (self.folder / name).write_text(json.dumps({"ActiveState": state, **dependents}), encoding="utf-8")
+    def unit(self, name: str, state: str = "active", **properties: str) -> None:
+        """`RequiredBy="a.service b.service"` as `systemctl show` prints it; with `fails` it does not start."""
+        (self.folder / name).write_text(json.dumps({"ActiveState": state, **properties}), encoding="utf-8")
+
+    def remove(self, name: str) -> None:
+        """The unit's file is deleted."""
+        (self.folder / name).unlink()
 
     def running(self) -> list[str]:
         files = sorted(self.folder.iterdir())

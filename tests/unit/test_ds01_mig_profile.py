@@ -90,6 +90,16 @@ class TestOnAServer:
         assert run()["changed"]
         assert server.cuts() == ["3g.40gb@0 3g.40gb@4"] * 2
 
+    @pytest.mark.parametrize("check", [True, False], ids=["check", "run"])
+    def test_a_file_of_layouts_without_a_name_is_no_wish(self, check: bool, server: Server) -> None:
+        """Without it the limits file would count, for all GPUs."""
+        server.host.limits("gpu_allocation: {enable_mig: true, mig_profile: 3g.40gb}\n")
+        before, file = server.cuts(), ROOT / "config" / "mig-layouts.yaml"
+        with pytest.raises(Ds01Error, match=f"{file} is a file of layouts, and none of them is named") as caught:
+            run(check, layouts_file=str(file))
+        assert (caught.value.reason, server.cuts()) == ("invalid_input", before)
+        assert "all-balanced" in caught.value.hint
+
     def test_a_refusal_says_who_is_in_the_way(self, server: Server) -> None:
         for check in (True, False):
             with pytest.raises(Ds01Error, match=r"p\._\.alice of alice") as caught:
@@ -137,6 +147,36 @@ class TestOnAServer:
         again = run(layout="as found", layouts_file=str(file))
         assert not again["changed"]
         assert {step["action"] for step in again["plan"]} == {"keep"}
+
+    def test_a_lost_gpu_is_left_out_of_what_is_exported_and_keeps_its_layout(self, server: Server) -> None:
+        server.apply(g0="3g.40gb")
+        before = server.cuts()
+        server.simulate("lost=1")
+        result = ds01_mig_profile.exported(service(), "current")
+        assert result["warnings"] == ["GPU 1 is lost: how it is cut cannot be seen, and it is left out."]
+        assert result["document"]["mig-configs"]["current"] == [
+            {"devices": [0], "mig-enabled": True, "mig-devices": {"3g.40gb": 1}}
+        ]
+        file = server.host.root / "found.yaml"
+        file.write_text(result["text"], encoding="utf-8")
+        server.simulate("found=1")
+        run(layout="current", layouts_file=str(file))
+        assert server.cuts() == before
+
+    def test_where_every_gpu_is_lost_nothing_is_exported(self, server: Server) -> None:
+        server.simulate("lost=0", "lost=1")
+        result = ds01_mig_profile.exported(service(), "current")
+        assert len(result["warnings"]) == 2
+        assert yaml.safe_load(result["text"]) == result["document"]
+        assert result["document"]["mig-configs"] == {"current": []}
+
+    def test_what_could_not_be_seen_is_told_with_what_is_exported(self, server: Server) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DOCKER_HOST", f"unix://{server.host.root}/no-engine.sock")
+            patch.delenv("DS01_ENGINE")
+            result = ds01_mig_profile.exported(service(), "current")
+        assert [warning.startswith("Not everything could be seen: ") for warning in result["warnings"]] == [True]
+        assert len(result["document"]["mig-configs"]["current"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -248,8 +288,9 @@ class TestThePlaybook:
             (["-e", "ds01_mig_state=absent"], "value of ds01_mig_state must be one of"),
             (["-e", "ds01_mig_gpus=1"], "ds01_mig_gpus"),
             (["-e", '{"ds01_mig_gpus": {"0": []}, "ds01_mig_layout": "x"}'], "mutually exclusive"),
+            (["-e", "ds01_mig_layouts_file=/nowhere.yaml"], "none of them is named"),
         ],
-        ids=["a template", "no such state", "no mapping", "two wishes"],
+        ids=["a template", "no such state", "no mapping", "two wishes", "a file and no name"],
     )
     def test_inputs(self, options: list[str], problem: str, fleet: Fleet) -> None:
         done = fleet.play(*options)

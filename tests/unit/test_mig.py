@@ -129,7 +129,7 @@ def test_the_refusal_names_who_is_in_the_way_and_until_when() -> None:
     assert found.reason == "layout_in_use"
     until = format_time(NOW + timedelta(hours=3))
     assert found.message == (
-        f"GPU 0 cannot become 4g.40gb, 1g.10gb: 2g.20gb at 0:2 is in use by p._.alice of alice until {until}."
+        f"GPU 0 cannot become 4g.40gb, 1g.10gb: 2g.20gb at 0-1 is in use by p._.alice of alice until {until}."
     )
     assert (found.available_at, found.blocked_by) == (NOW + timedelta(hours=3), (held("alice", 3),))
     assert found.retry
@@ -237,7 +237,7 @@ NOT_PLACED = {
         "2g.20gb@0=alice",
         "2g.20gb@2",
         "layout_in_use",
-        "GPU 0 cannot become 2g.20gb at 2: 2g.20gb at 0:2 is in use by p._.alice of alice.",
+        "GPU 0 cannot become 2g.20gb at 2: 2g.20gb at 0-1 is in use by p._.alice of alice.",
     ),
     "somebody, and MIG off": ("2g.20gb@0=alice", "off", "layout_in_use", "GPU 0 cannot become a whole GPU: "),
     "no such start": (

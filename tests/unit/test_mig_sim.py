@@ -293,7 +293,7 @@ def test_who_is_in_the_way_is_named_and_may_be_forced(server: Server) -> None:
     assert (blocker["container"], blocker["user"]) == ("p._.alice", "alice")
     (hold,) = server.ds01("status", "--json").json["allocations"]
     assert blocker["until"] == one["available_at"] == hold["hold_ends"]
-    assert f"2g.20gb at 0:2 is in use by p._.alice of alice until {blocker['until']}" in refused.err
+    assert f"2g.20gb at 0-1 is in use by p._.alice of alice until {blocker['until']}" in refused.err
     forced = server.ds01(*argv, "--force", "p._.alice")
     assert forced.code == 0
     assert "  ! this takes 2g.20gb at 0-1 from p._.alice of alice until" in forced.out
@@ -316,6 +316,12 @@ USAGE: dict[str, tuple[list[str], int, str]] = {
     "a profile of another model": (["--gpu", "2=1g.10gb"], 1, "GPU 2 (NVIDIA A30) has no profile 1g.10gb; it has 1g.6"),
     "no room": (["--gpu", "2=2g.12gb,2g.12gb,1g.6gb"], 1, "no room for 2 x 2g.12gb, 1g.6gb together"),
     "no such layout": (["--layout", "all-balance"], 2, "There is no layout 'all-balance'."),
+    "a file and no name": (
+        ["--layouts", str(ROOT / "config" / "mig-layouts.yaml")],
+        2,
+        "none of them is named. Name one; there are: all-disabled,",
+    ),
+    "a file and a GPU": (["--gpu", "1=", "--layouts", "/nowhere.yaml"], 2, "Name one, or leave the file out."),
     "no such file": (["--layout", "x", "--layouts", "/nowhere.yaml"], 2, "/nowhere.yaml: the file of MIG layouts"),
     "the short form": ([], 1, "GPU 2 (NVIDIA A30) has no profile 2g.20gb; it has 1g.6"),
     "both": (["--layout", "x", "--gpu", "1="], 2, "not allowed with argument"),

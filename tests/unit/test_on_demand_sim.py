@@ -51,7 +51,7 @@ def test_free_room_is_cut_beside_what_is_in_use(start: Start) -> None:  # noqa: 
     ]
     assert server.ledger() == {"p._.alice": alices, "p._.bob": (server.uuids(0)["3g.40gb@4"],)}
     server.check_all_done()
-    assert [e["message"] for e in events(server, "mig.changed")] == ["GPU 0: create 3g.40gb at 4."]
+    assert [e["message"] for e in events(server, "mig.changed")] == ["GPU 0: create 3g.40gb at 4-7."]
     assert [e["devices"][0]["id"] for e in events(server, "gpu.allocated")] == ["0:0", "0:0"]
 
 

@@ -90,13 +90,13 @@ BEFORE: dict[str, Fault] = {
         sim(),
         {"g0": "4g.40gb,3g.40gb"},
         "layout_in_use",
-        ("2g.20gb at 0:2 is in use by p._.alice of alice", "1g.10gb at 2:1 is in use by q._.bob of bob until 2"),
+        ("2g.20gb at 0-1 is in use by p._.alice of alice", "1g.10gb at 2 is in use by q._.bob of bob until 2"),
     ),
     "a process outside DS01 is on it": (
         sim(f"process=0.0:{os.getpid()}"),
         {"g0": ANEW},
         "layout_in_use",
-        ("3g.40gb at 4:4", f"process {os.getpid()} ("),
+        ("3g.40gb at 4-7", f"process {os.getpid()} ("),
     ),
     "a process is on the whole GPU": (
         sim(f"process=1:{os.getpid()}"),
@@ -243,6 +243,36 @@ def test_a_gpu_is_lost_in_the_middle(number: int, server: Server) -> None:
     assert server.projected() == server.ledger() == ledger
     server.apply(g0=ANEW, g1="7g.80gb")
     assert server.ledger() == ledger
+    server.check_all_done()
+
+
+def test_a_mode_that_cannot_be_switched_back_is_told(server: Server) -> None:
+    """The driver returns that it is in use, and raises nothing."""
+
+    def meanwhile() -> None:
+        server.simulate("busy=1", "lost=0")  # monitoring opens the new MIG GPU, the other one falls off the bus
+
+    server.calls.before("nvmlDeviceCreateGpuInstanceWithPlacement", meanwhile)
+    refusal = server.refused(g0=ANEW, g1="3g.40gb")
+    assert refusal.details["undone"] is False
+    for part in ("Not undone: MIG mode of GPU 1 was switched (", "did not switch MIG off on GPU 1: another client"):
+        assert part in str(refusal)
+    server.calls.clear()
+    server.simulate("idle=1", "found=0")
+    server.apply(g0=ANEW, g1="3g.40gb")
+    server.check_all_done()
+
+
+def test_a_change_that_is_not_in_the_log_is_told(server: Server) -> None:
+    """As a grant's: what was done is done."""
+    server.host.events.unlink()
+    server.host.events.mkdir()
+    told = [f"The event log {server.host.events} could not be written: Is a directory."]
+    assert server.apply(g0=ANEW).result()["warnings"] == told
+    assert server.apply(g0=ANEW).result()["warnings"] == [], "nothing was to be written"
+    server.boot()
+    restored = server.restore()
+    assert (restored.result()["warnings"], restored.problems) == (told, ())
     server.check_all_done()
 
 

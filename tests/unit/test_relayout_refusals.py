@@ -87,7 +87,7 @@ CASES: dict[str, Case] = {
         CREATE,
         somebody(0, "1g.10gb", 4),
         "layout_impossible",
-        ("GPU 0", "2g.20gb at 4", "no room", "somebody else"),
+        ("GPU 0", "2g.20gb at 4-5", "no room", "somebody else"),
         stays=("2g.20gb@0 1g.10gb@2 1g.10gb@3 1g.10gb@4", "off"),
     ),
     "the place is taken, after one was made": Case(
@@ -126,11 +126,11 @@ CASES: dict[str, Case] = {
         CI_DESTROY,
         sim("process=0.0:1"),
         "layout_in_use",
-        ("GPU 0", "remove 3g.40gb at 4", "another client uses it"),
+        ("GPU 0", "remove 3g.40gb at 4-7", "another client uses it"),
         reverts=sim("exit=0:1"),
     ),
     "a client that is no process": Case(
-        FULL, ANEW, CI_DESTROY, sim("busy=0:0"), "layout_in_use", ("GPU 0", "3g.40gb at 4"), reverts=free_all
+        FULL, ANEW, CI_DESTROY, sim("busy=0:0"), "layout_in_use", ("GPU 0", "3g.40gb at 4-7"), reverts=free_all
     ),
     "a client comes after others are gone": Case(
         {"g0": "2g.20gb,1g.10gb,1g.10gb,1g.10gb,1g.10gb,1g.10gb"},
@@ -143,7 +143,7 @@ CASES: dict[str, Case] = {
         reverts=free_all,
     ),
     "a client holds the emptied GPU instance": Case(
-        FULL, ANEW, GI_DESTROY, hold_emptied, "layout_in_use", ("GPU 0", "3g.40gb at 4"), reverts=free_all
+        FULL, ANEW, GI_DESTROY, hold_emptied, "layout_in_use", ("GPU 0", "3g.40gb at 4-7"), reverts=free_all
     ),
     "somebody makes a compute instance in the emptied one": Case(
         FULL,
@@ -151,7 +151,7 @@ CASES: dict[str, Case] = {
         GI_DESTROY,
         lambda server: server.somebody_completes(0),
         "layout_in_use",
-        ("GPU 0", "3g.40gb at 4"),
+        ("GPU 0", "3g.40gb at 4-7"),
     ),
     "the GPU is used when its mode is to change (Ampere)": Case(
         FULL, {"g1": "2g.20gb"}, MODE, sim("busy=1"), "layout_in_use", ("GPU 1", "MIG on"), reverts=free_all
@@ -291,6 +291,18 @@ def test_all_who_may_be_forced_are_named(start: Start) -> None:  # noqa: F811
     refusal = server.refused(g0="7g.80gb", g1="7g.80gb")
     assert refusal.hint == "To break it all the same, force: p._.alice, q._.bob."
     assert server.apply(["p._.alice", "q._.bob"], g0="7g.80gb", g1="7g.80gb").released == ("p._.alice", "q._.bob")
+
+
+@pytest.mark.parametrize(("forced", "other"), [("p._.alice", "q._.bob"), ("q._.bob", "p._.alice")])
+def test_those_who_are_forced_already_are_named_too(forced: str, other: str, start: Start) -> None:  # noqa: F811
+    """Whoever does what the hint says gets the layout, and not the same hint with the names changed over."""
+    server = start("A100-SXM4-80GB", g0="2g.20gb,2g.20gb")
+    for container in ("p._.alice", "q._.bob"):
+        server.allocate(container, "2g.20gb")
+        server.report("held", container)
+    refusal = server.refused([forced, "x._.nobody"], g0="7g.80gb")
+    assert refusal.hint == f"To break it all the same, force: {forced}, {other}."
+    assert server.apply([forced, other], g0="7g.80gb").changed
 
 
 def test_where_a_process_is_in_the_way_too_nothing_is_to_be_forced(start: Start) -> None:  # noqa: F811

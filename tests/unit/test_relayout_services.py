@@ -112,7 +112,7 @@ def test_reconcile_tells_of_one_that_does_not_start(server: Server, note: Path) 
     (server.host.root / "bin" / "systemctl").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
     found = reconcile.reconcile(server.ds01())
     assert [p["reason"] for p in found.problems if p["stage"] == "services"] == ["service_failed", "service_failed"]
-    assert not note.exists()
+    assert list(pausing.left(note)) == [DCGM, EXPORTER], "they are tried again"
 
 
 def test_the_plan_shows_them_and_the_next_apply_starts_them(server: Server, systemd: Systemd, note: Path) -> None:
@@ -122,7 +122,7 @@ def test_the_plan_shows_them_and_the_next_apply_starts_them(server: Server, syst
     note.write_text(json.dumps({"boot_id": processes.boot_id(), "units": [EXPORTER, DCGM]}), encoding="utf-8")
     foreseen = server.foresee(g0="full")
     assert foreseen.changed
-    assert foreseen.repairs == tuple(f"{unit} was left stopped by a run that was killed" for unit in (DCGM, EXPORTER))
+    assert foreseen.repairs == tuple(f"{unit} was left stopped by an earlier run" for unit in (DCGM, EXPORTER))
     done = server.apply(g0="full")
     assert (done.repairs, systemd.running()) == (foreseen.repairs, sorted(BOTH))
     assert not server.apply(g0="full").changed
@@ -146,7 +146,7 @@ def test_those_of_a_run_at_work_are_left_alone(server: Server, systemd: Systemd)
 
 def test_services_of_two_runs_are_not_mixed_up(server: Server, systemd: Systemd, note: Path) -> None:
     """What an earlier one left is started with one's own."""
-    with pausing.paused([PERSISTENCED], note, silent):
+    with pausing.paused([PERSISTENCED], note, silent, []):
         assert systemd.running() == []
     assert systemd.running() == sorted(BOTH)
 
@@ -162,9 +162,91 @@ def test_what_cannot_be_noted_is_not_stopped(server: Server, systemd: Systemd) -
     note = server.host.state / "no such directory" / "note.json"
     note.parent.parent.mkdir(exist_ok=True)
     note.parent.write_text("", encoding="utf-8")
-    with pytest.raises(Ds01Error), pausing.paused([DCGM], note, silent):
+    with pytest.raises(Ds01Error), pausing.paused([DCGM], note, silent, []):
         pytest.fail("it began")
     assert systemd.log() == []
+
+
+# --- those that do not start
+
+
+def events(server: Server, kind: str) -> list[str]:
+    lines = server.host.events.read_text(encoding="utf-8").splitlines()
+    return [e["unit"] for e in map(json.loads, lines) if e["event"] == kind]
+
+
+@pytest.fixture
+def failing(server: Server, systemd: Systemd) -> Systemd:
+    """DCGM runs, and does not start again."""
+    may_stop(server, *BOTH)
+    systemd.unit(DCGM, RequiredBy=EXPORTER, fails="yes")
+    return systemd
+
+
+def settled(systemd: Systemd) -> None:
+    systemd.unit(DCGM, "inactive", RequiredBy=EXPORTER)
+
+
+def test_one_that_does_not_start_is_told_and_tried_until_it_runs(server: Server, failing: Systemd) -> None:
+    done = server.apply(g1="3g.40gb").result()
+    assert done["changed"]
+    [warning] = done["warnings"]
+    for part in (f"{DCGM} could not be started: Job for {DCGM} failed", "ds01 reconcile", f"systemctl mask {DCGM}"):
+        assert part in warning
+    assert failing.running() == [EXPORTER, PERSISTENCED]
+    again = server.apply(g1="3g.40gb").result()
+    assert (again["changed"], again["warnings"]) == (False, [warning])
+    for _ in range(2):
+        found = reconcile.reconcile(server.ds01())
+        assert [p["msg"] for p in found.problems if p["stage"] == "services"] == [warning]
+    assert events(server, "service.failed") == [DCGM], "once, however often it is tried"
+    settled(failing)
+    assert server.foresee(g1="3g.40gb").repairs == (f"{DCGM} was left stopped by an earlier run",)
+    reconcile.reconcile(server.ds01())
+    assert failing.running() == sorted(BOTH)
+    assert events(server, "service.started") == [DCGM]
+    assert not server.apply(g1="3g.40gb").changed
+
+
+def test_a_refusal_midway_tells_of_it_too(server: Server, failing: Systemd) -> None:
+    server.calls.before("nvmlDeviceSetMigMode", lambda: server.simulate("busy=1"))
+    refusal = server.refused(g1="3g.40gb")
+    assert refusal.reason == "layout_in_use"
+    assert f"{DCGM} could not be started" in str(refusal)
+    assert events(server, "service.failed") == [DCGM]
+    settled(failing)
+    server.simulate("idle=1")
+    assert server.apply(g1="3g.40gb").result()["warnings"] == []
+    assert failing.running() == sorted(BOTH)
+
+
+def test_the_next_change_starts_it_with_its_own(server: Server, failing: Systemd) -> None:
+    server.apply(g1="3g.40gb")
+    server.calls.before("nvmlDeviceSetMigMode", lambda: settled(failing))
+    done = server.apply(g0="3g.40gb")
+    assert failing.running() == sorted(BOTH)
+    assert done.result()["warnings"] == []
+
+
+@pytest.mark.parametrize("gone", ["removed", "masked", "by itself"])
+def test_a_way_out(gone: str, server: Server, failing: Systemd) -> None:
+    """Whatever was removed or masked is told once more and not tried again; one that runs needs nothing."""
+    server.apply(g1="3g.40gb")
+    if gone == "removed":
+        failing.remove(DCGM)
+    elif gone == "masked":
+        failing.unit(DCGM, "failed", LoadState="masked")
+    else:
+        failing.unit(DCGM, RequiredBy=EXPORTER)
+        assert server.foresee(g1="3g.40gb").repairs == ()
+    first, second = (reconcile.reconcile(server.ds01()) for _ in range(2))
+    told = [p["msg"] for p in first.problems if p["stage"] == "services"]
+    assert [message.endswith("is masked or gone, so it is not tried again.") for message in told] == (
+        [] if gone == "by itself" else [True]
+    )
+    assert [p for p in second.problems if p["stage"] == "services"] == []
+    assert events(server, "service.started") == []
+    assert not (server.host.state / "mig-services.json").exists()
 
 
 def in_child(act: Callable[[], object]) -> str:

@@ -261,8 +261,8 @@ def _cmd_mig_apply(args: argparse.Namespace, ds01: Allocations) -> int:
     return EXIT_OK
 
 
-def _warn(planned: Any) -> None:
-    for warning in planned.result()["warnings"]:
+def _warn(done: Any) -> None:
+    for warning in done.result()["warnings"]:
         _say(f"warning: {warning}")
 
 
@@ -287,6 +287,7 @@ def _cmd_restore(args: argparse.Namespace, ds01: Allocations) -> int:
         _print_json(restored.result())
     else:
         print(restored.summary())
+    _warn(restored)
     for problem in restored.problems:
         _complain("not restored", problem)
     return EXIT_REFUSED if restored.problems else EXIT_OK
@@ -591,7 +592,10 @@ def _add_wanted_layout(command: Any) -> None:
         help="a GPU and its profiles (1=: MIG without instances, 1=full: MIG off)",
     )
     command.add_argument(
-        "--layouts", type=Path, metavar="FILE", help="default: mig-layouts.yaml beside the limits file"
+        "--layouts",
+        type=Path,
+        metavar="FILE",
+        help="the file that --layout is in (default: mig-layouts.yaml beside the limits file)",
     )
     command.add_argument(
         "--force", action="append", default=[], metavar="CONTAINER", help="full name of one whose devices it may break"

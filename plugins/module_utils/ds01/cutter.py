@@ -78,7 +78,7 @@ class Cutter:
     # --- instances
 
     def _destroy(self, gpu: GpuState, profile: Profile, start: int) -> None:
-        what = f"{profile.name} at {start}"
+        what = f"{profile.name} at {mig.span(start, profile.size)}"
         with self._refusals(gpu, f"remove {what} from"):
             instance = self._find(gpu, profile, start)
             self._undo.append((f"{what} of GPU {gpu.index} was removed", lambda: self._complete(gpu, profile, start)))
@@ -86,7 +86,7 @@ class Cutter:
             self._patiently(self._n.nvmlGpuInstanceDestroy, instance)
 
     def _create(self, gpu: GpuState, profile: Profile, start: int) -> None:
-        what = f"{profile.name} at {start}"
+        what = f"{profile.name} at {mig.span(start, profile.size)}"
         with self._refusals(gpu, f"make {what} on"):
             instance = self._place(gpu, profile, start)
             made = self._n.nvmlGpuInstanceGetInfo(instance).id
@@ -125,20 +125,28 @@ class Cutter:
     # --- mode
 
     def _set_mode(self, gpu: GpuState, on: bool) -> None:
-        with self._refusals(gpu, f"switch MIG {'on' if on else 'off'} on"):
-            status = self._n.nvmlDeviceSetMigMode(self._handle(gpu), int(on))
-            current, pending = (bool(mode) for mode in self._n.nvmlDeviceGetMigMode(self._handle(gpu)))
-            if current == pending == on:
-                self._undo.append((f"MIG mode of GPU {gpu.index} was switched", lambda: self._reset_mode(gpu)))
+        with self._refusals(gpu, _switch(on)):
+            refusal = self._refused_mode(gpu, on)
+            what = f"MIG mode of GPU {gpu.index} was switched"
+            if refusal is None:
+                self._undo.append((what, lambda: self._reset_mode(gpu)))
                 return
-            if status == _RESET_REQUIRED:
-                # The wish is left: nothing but the reset that it waits for can carry it out.
-                raise self._waits_for_reset(gpu, on)
-            self._reset_mode(gpu)
-            raise self._used(gpu, f"switch MIG {'on' if on else 'off'} on")
+            if refusal.reason != "mode_pending":  # that wish is left: nothing but the reset can carry it out
+                self._undo.append((what, lambda: self._reset_mode(gpu)))
+            raise refusal
+
+    def _refused_mode(self, gpu: GpuState, on: bool) -> Ds01Error | None:
+        """Switch it, and read back; why it is not so. The driver returns what stands against it, and raises little."""
+        status = self._n.nvmlDeviceSetMigMode(self._handle(gpu), int(on))
+        current, pending = (bool(mode) for mode in self._n.nvmlDeviceGetMigMode(self._handle(gpu)))
+        if current == pending == on:
+            return None
+        return self._waits_for_reset(gpu, on) if status == _RESET_REQUIRED else self._used(gpu, _switch(on))
 
     def _reset_mode(self, gpu: GpuState) -> None:
-        self._n.nvmlDeviceSetMigMode(self._handle(gpu), int(gpu.mig))
+        refusal = self._refused_mode(gpu, gpu.mig)
+        if refusal:
+            raise refusal
 
     def _waits_for_reset(self, gpu: GpuState, on: bool) -> Ds01Error:
         return Ds01Error(
@@ -167,7 +175,8 @@ class Cutter:
         if instance is None:
             raise Ds01Error(
                 "layout_impossible",
-                f"{profile.name} at {start} of GPU {gpu.index} is gone: somebody else cuts this GPU now.",
+                f"{profile.name} at {mig.span(start, profile.size)} of GPU {gpu.index} is gone:"
+                " somebody else cuts this GPU now.",
                 "Run this again: the plan is made anew.",
             )
         return instance
@@ -234,6 +243,10 @@ class Cutter:
             gpu=gpu.index,
             nvml=_IN_USE,
         )
+
+
+def _switch(on: bool) -> str:
+    return f"switch MIG {'on' if on else 'off'} on"
 
 
 _LOST = ("gpu_unhealthy", "it lost this GPU", "Reset it or reboot this host; nvidia-smi shows more.")

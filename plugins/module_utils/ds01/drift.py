@@ -72,7 +72,7 @@ def of_projection(container: str, user: str) -> Action:
 
 def of_service(unit: str) -> Action:
     """A service that gave way to another MIG mode, and was not started again."""
-    return Action("service.started", unit, f"{unit} was left stopped by a change of the MIG layout that was killed.")
+    return Action("service.started", unit, f"{unit} was left stopped by an earlier change of the MIG layout.")
 
 
 def overdue(boxes: Iterable[Box], config: Config, now: datetime) -> Iterator[Action]:

@@ -178,14 +178,15 @@ def filled(gpu: GpuState, profile: str) -> Cut:
 
 def exported(gpus: Sequence[GpuState], name: str = "current") -> dict[str, Any]:
     """The live layout as a document that `parse` and mig-parted read. Left out is what neither would make:
-    instances without a compute instance, or divided into several."""
+    instances without a compute instance, or divided into several; and GPUs that are lost, of which nobody knows it."""
     alike: dict[tuple[bool, tuple[tuple[str, int], ...]], list[int]] = {}
-    for gpu in gpus:
+    known = [gpu for gpu in gpus if gpu.health != "lost"]
+    for gpu in known:
         counts = Counter(i.profile for i in gpu.instances if i.whole)
         alike.setdefault((gpu.mig, tuple(sorted(counts.items()))), []).append(gpu.index)
     entries = [
         {
-            "devices": "all" if len(alike) == 1 else indices,
+            "devices": "all" if len(alike) == 1 and len(known) == len(gpus) else indices,
             "mig-enabled": mig,
             "mig-devices": dict(counts),
         }
@@ -198,7 +199,7 @@ def text(document: Mapping[str, Any]) -> str:
     """The document as a file, as mig-parted writes it."""
     lines = [f"version: {document['version']}", "mig-configs:"]
     for name, entries in document["mig-configs"].items():
-        lines.append(f"  {_scalar(name)}:")
+        lines.append(f"  {_scalar(name)}:{'' if entries else ' []'}")
         for entry in entries:
             lines += [
                 f"  - devices: {entry['devices'] if entry['devices'] == 'all' else json.dumps(entry['devices'])}",

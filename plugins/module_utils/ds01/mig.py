@@ -23,6 +23,12 @@ KEEP, CREATE, DESTROY, ENABLE, DISABLE = "keep", "create", "destroy", "enable", 
 Placement = tuple[int, int]
 """The memory slices of an instance as NVML counts them: (start, size)."""
 
+
+def span(start: int, size: int) -> str:
+    """The memory slices of an instance, as people read them: `4-7`, or `2`."""
+    return str(start) if size == 1 else f"{start}-{start + size - 1}"
+
+
 _IN_USE = 1000
 """What an instance in use is worth beside one that is there and need not be made (1): more than all of those."""
 
@@ -212,7 +218,9 @@ class Step:
     uuid: str = ""
 
     def __str__(self) -> str:
-        return f"{self.action} {self.profile} at {self.placement[0]}" if self.placement else f"{self.action} MIG mode"
+        return (
+            f"{self.action} {self.profile} at {span(*self.placement)}" if self.placement else f"{self.action} MIG mode"
+        )
 
 
 @dataclass(frozen=True)
@@ -544,7 +552,7 @@ def _in_the_way(gpu: GpuState, wanted: Cut | Placed, instances: Sequence[Instanc
 
 
 def _named(instance: Instance) -> str:
-    name = "the whole GPU" if instance.profile == FULL else f"{instance.profile} at {instance.start}:{instance.size}"
+    name = "the whole GPU" if instance.profile == FULL else f"{instance.profile} at {span(*instance.placement)}"
     return name if instance.there else f"{name} (missing now)"
 
 

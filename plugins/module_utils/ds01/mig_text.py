@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import mig, slotmap, terminal
-from .mig import GpuState, Instance, Plan, Step
+from .mig import GpuState, Instance, Plan
 from .slotmap import Block
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def list_text(listing: Mapping[str, Any]) -> str:
         rows = [row for row in listing["instances"] if row["gpu"] == gpu["index"]]
         parts.append("\n".join(_gpu_lines(gpu, rows)))
     if listing["instances"]:
-        rows = [{**row, "place": _slices(*row["placement"])} for row in listing["instances"]]
+        rows = [{**row, "place": mig.span(*row["placement"])} for row in listing["instances"]]
         parts.append(terminal.table(rows, _INSTANCES))
     used = [f"{row['id']} is used by {row['occupied_by']}." for row in listing["instances"] if row["occupied_by"]]
     parts.extend(["\n".join(used)] if used else [])
@@ -82,10 +82,6 @@ def _or(starts: Sequence[int]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
-def _slices(start: int, size: int) -> str:
-    return str(start) if size == 1 else f"{start}-{start + size - 1}"
-
-
 def plan_text(planned: Planned) -> str:
     """`ds01 mig plan`: of every GPU that changes the slices before and after, and the operations."""
     by_index = {gpu.index: gpu for gpu in planned.host.gpus}
@@ -113,9 +109,12 @@ def _plan_lines(gpu: GpuState, plan: Plan) -> Iterator[str]:
     yield f"GPU {gpu.index}  {gpu.name}"
     yield from _titled("now", _map(gpu, _now(gpu)))
     yield from _titled("then", _map(gpu, _then(gpu, plan)))
-    yield from (f"{_MARGIN}{_SIGNS[step.action]} {_step(step)}" for step in plan.changes)
+    for step in plan.changes:
+        yield f"{_MARGIN}{_SIGNS[step.action]} {step}{f'  ({step.uuid})' if step.uuid else ''}"
     yield from (
-        f"{_MARGIN}! this takes {i.profile} at {_slices(*i.placement)} from {h}" for i in plan.broken for h in i.holders
+        f"{_MARGIN}! this takes {i.profile} at {mig.span(*i.placement)} from {h}"
+        for i in plan.broken
+        for h in i.holders
     )
 
 
@@ -178,10 +177,3 @@ def _after(gpu: GpuState, plan: Plan) -> Iterator[Block]:
         elif step.placement and step.action == mig.CREATE:
             owner = back.get((step.profile, step.placement[0]), "new")
             yield Block(*step.placement, step.profile, owner)
-
-
-def _step(step: Step) -> str:
-    if step.placement is None:
-        return f"{step.action} MIG mode"
-    uuid = f"  ({step.uuid})" if step.uuid else ""
-    return f"{step.action} {step.profile} at {_slices(*step.placement)}{uuid}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -79,6 +80,8 @@ def wanted(
 ) -> Wanted:
     """A layout by its name, or profiles by GPU index (`[]`: MIG without instances, `["full"]`: MIG off);
     with neither the limits file's short form. Raises Ds01Error for what makes no sense on any host."""
+    if layouts_file is not None and layout is None:
+        raise _nameless(layouts_file)
     if layout is not None:
         known = config.load_layouts(layouts_file or allocations.paths.layouts)
         return functools.partial(layouts.select, known, layout)
@@ -86,6 +89,15 @@ def wanted(
         cuts = {index: layouts.cut_of(profiles) for index, profiles in gpus.items()}
         return lambda _: cuts
     return functools.partial(_short_form, allocations.config.gpu)
+
+
+def _nameless(file: Path) -> Ds01Error:
+    """A file of layouts and none of its names: without it another wish would count."""
+    names: list[str] = []
+    with contextlib.suppress(Ds01Error):
+        names = list(config.load_layouts(file))
+    hint = f"Name one; there are: {', '.join(names)}." if names else "Name one, or leave the file out."
+    return invalid_input(f"{file} is a file of layouts, and none of them is named.", hint)
 
 
 def _short_form(policy: GpuPolicy, gpus: Sequence[GpuState]) -> dict[int, Cut]:
@@ -254,7 +266,7 @@ class Planned:
     """What a change does to this host, so that its GPUs are as `cuts` says.
 
     `services` are stopped meanwhile; `repairs` say what else is not as it should be and will be put right;
-    `warnings` what was asked for and means nothing.
+    `warnings` what was asked for and means nothing, `problems` what went wrong beside the layout.
     `over` are allocations that are over anyway, and that `host` is without.
     """
 
@@ -265,6 +277,7 @@ class Planned:
     repairs: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     over: tuple[Outcome, ...] = ()
+    problems: tuple[str, ...] = ()
 
     @property
     def changed(self) -> bool:
@@ -301,7 +314,7 @@ class Planned:
             "released": list(self.released),
             "given_back": list(self.given_back),
             "repairs": list(self.repairs),
-            "warnings": list(self.warnings) if self.recuts else [],
+            "warnings": [*(self.warnings if self.recuts else ()), *self.problems],
             "msg": self.summary(),
         }
 
@@ -335,15 +348,15 @@ def _unknown(host: Host, force: Collection[str]) -> Iterator[str]:
     return (f"force: no container {name} has a device here." for name in force if name not in host.ledger.allocations)
 
 
-def _remedy(refusals: Iterable[mig.LayoutRefusal], running: Collection[str]) -> str:
-    """What may be forced, if that would do."""
+def _remedy(refusals: Iterable[mig.LayoutRefusal], running: Collection[str], forced: Iterable[str]) -> str:
+    """What may be forced, if that would do; with those that are `forced` already, or they would be in the way then."""
     holders = [holder for found in refusals for holder in found.blocked_by]
     names = list(dict.fromkeys(holder.container for holder in holders))
     run = [name for name in names if name in running]
     if not all(names) or any(not found.blocked_by for found in refusals):
         return ""
     first = f"{', '.join(run)} runs, and force takes no running container's device. {STOP_HINT} " if run else ""
-    return f"{first}To break it all the same, force: {', '.join(names)}."
+    return f"{first}To break it all the same, force: {', '.join(dict.fromkeys([*forced, *names]))}."
 
 
 def refusal(refusals: Sequence[mig.LayoutRefusal], host: Host, force: Collection[str] = ()) -> Ds01Error:
@@ -373,9 +386,9 @@ def refusal(refusals: Sequence[mig.LayoutRefusal], host: Host, force: Collection
     refused = {r.gpu for r in refusals}
     missing = any(gpu.missing for gpu in host.gpus if gpu.index in refused)
     first_try = "What is missing may come back: sudo ds01 restore. " if missing else ""
-    return Ds01Error(
-        first.reason, message, first.hint or first_try + _remedy(refusals, host.running), refusals=details
-    )
+    forced = [name for name in force if name in host.ledger.allocations]
+    hint = first.hint or first_try + _remedy(refusals, host.running, forced)
+    return Ds01Error(first.reason, message, hint, refusals=details)
 
 
 def step_record(step: Step) -> dict[str, Any]:

@@ -154,14 +154,17 @@ def foresee(ds01: Allocations) -> Reconciled:
 
 
 def _resume(ds01: Allocations, run: _Run) -> None:
-    """Start what a killed change of a GPU's MIG mode left stopped."""
+    """Start what a change of a GPU's MIG mode left stopped. One that does not start is tried each time, and has
+    its event once."""
     resumed = pausing.resume(ds01.paths.paused_services, lambda _: None)
     for action in map(drift.of_service, resumed.started):
         ds01.events.write(action.kind, ds01.clock(), unit=action.subject, message=action.message)
         run.actions.append(action)
-    for problem in resumed.problems:
+    for found in resumed.unstarted:
+        if not found.known:
+            ds01.events.write("service.failed", ds01.clock(), unit=found.unit, message=str(found.problem))
         with run.stage("services"):
-            raise problem
+            raise found.problem
 
 
 # --- allocations

@@ -23,6 +23,7 @@ from .ledger import Transaction
 from .mig import GpuState, Holder
 from .model import Device, Inventory, Ledger
 from .partitions import Cuts, Host, Planned, Wanted
+from .pausing import Unstarted
 from .saved_layout import SavedLayout, layout_of
 from .services import Stopping
 from .transitions import after, resolved
@@ -50,28 +51,51 @@ def foresee(ds01: Allocations, wanted: Wanted, force: Collection[str] = ()) -> P
 
 
 def _left_stopped(units: Iterable[str]) -> Iterator[str]:
-    """What a killed run left stopped, as repairs."""
-    return (f"{unit} was left stopped by a run that was killed" for unit in units)
+    """What an earlier run left stopped, as repairs."""
+    return (f"{unit} was left stopped by an earlier run" for unit in units)
 
 
 def apply(ds01: Allocations, wanted: Wanted, force: Collection[str] = (), say: Say = _silent) -> Planned:
     """Cut the GPUs as wanted, all or none. `force` names containers whose devices may be taken; `say` gets
     each step. Raises Ds01Error, with everything as it was, where something is in the way or the driver
-    refuses."""
+    refuses. A service that gave way and does not start again is told with either, and stays to be started."""
     if not engine.disabled() and ds01.store.lost():
         ds01.rebuild()  # an empty ledger protects nobody
     resumed = pausing.resume(ds01.paths.paused_services, say)
-    planned = _apply(ds01, wanted, force, say)
-    return replace(planned, repairs=(*_left_stopped(resumed.started), *planned.repairs))
+    unstarted = _recorded(ds01, resumed.unstarted)
+    try:
+        planned = _apply(ds01, wanted, force, say, unstarted)
+    except BaseException as exc:
+        problems = [str(found.problem) for found in _recorded(ds01, unstarted)]
+        if problems and isinstance(exc, Ds01Error):
+            raise Ds01Error(exc.reason, " ".join([exc.message, *problems]), exc.hint, **exc.details) from None
+        for problem in problems:
+            say(problem)
+        raise
+    problems = [*(str(found.problem) for found in _recorded(ds01, unstarted)), *_unlogged(ds01)]
+    return replace(
+        planned, repairs=(*_left_stopped(resumed.started), *planned.repairs), problems=(*planned.problems, *problems)
+    )
 
 
-def _apply(ds01: Allocations, wanted: Wanted, force: Collection[str], say: Say) -> Planned:
+def _recorded(ds01: Allocations, unstarted: Iterable[Unstarted]) -> list[Unstarted]:
+    """The same, with an event for each that nobody was told of."""
+    found = list(unstarted)
+    for unit in found:
+        if not unit.known:
+            ds01.events.write("service.failed", ds01.clock(), unit=unit.unit, message=str(unit.problem))
+    return [replace(unit, known=True) for unit in found]
+
+
+def _apply(ds01: Allocations, wanted: Wanted, force: Collection[str], say: Say, unstarted: list[Unstarted]) -> Planned:
+    """`unstarted` holds afterwards the services that are stopped and should not be."""
     with nvml.session() as driver:
         first = ds01.store.read()
         planned = _foresee(ds01, driver, first, wanted, force)
         if not planned.changed:
             return planned
-        with pausing.paused(planned.services, ds01.paths.paused_services, say), ds01.store.transaction() as transaction:
+        note = ds01.paths.paused_services
+        with pausing.paused(planned.services, note, say, unstarted), ds01.store.transaction() as transaction:
             if transaction.ledger.generation < first.generation:
                 raise Ds01Error(
                     "ledger_unavailable", "The ledger was removed meanwhile.", "Run this again; nothing was changed."
@@ -402,6 +426,11 @@ def _record(ds01: Allocations, planned: Planned, before: Ledger) -> None:
             ds01.events.write("mig.changed", now, gpu=plan.gpu, uuid=uuid, message=f"GPU {plan.gpu}: {steps}.")
 
 
+def _unlogged(ds01: Allocations) -> tuple[str, ...]:
+    """That what was done is not in the log, in words."""
+    return (ds01.events.problem,) if ds01.events.problem else ()
+
+
 def _record_refusal(ds01: Allocations, planned: Planned, exc: BaseException) -> None:
     reason = exc.reason if isinstance(exc, Ds01Error) else "interrupted"
     gpus = [plan.gpu for plan in planned.plans if plan.changes]
@@ -413,13 +442,15 @@ def _record_refusal(ds01: Allocations, planned: Planned, exc: BaseException) -> 
 
 @dataclass(frozen=True)
 class Restored:
-    """What a restore did. `problems` say which GPUs, or what else, are not as before."""
+    """What a restore did. `problems` say which GPUs, or what else, are not as before; `warnings` what went wrong
+    beside that."""
 
     plans: tuple[mig.Plan, ...] = ()
     inventory: Inventory | None = None
     problems: tuple[str, ...] = ()
     renamed: bool = False
     """Whether the ledger's devices have other names now."""
+    warnings: tuple[str, ...] = ()
 
     @property
     def changed(self) -> bool:
@@ -432,6 +463,7 @@ class Restored:
             "plan": [partitions.step_record(step) for plan in self.plans for step in plan.steps],
             "devices": [records.device_record(d) for d in self.inventory.devices] if self.inventory else [],
             "problems": list(self.problems),
+            "warnings": list(self.warnings),
             "msg": self.summary(),
         }
 
@@ -488,7 +520,7 @@ def restore(ds01: Allocations, say: Say = _silent) -> Restored:
     _record_restore(ds01, restored)
     if interrupted:
         raise interrupted
-    return restored
+    return replace(restored, warnings=_unlogged(ds01))
 
 
 def _cut_again(driver: nvml.Nvml, host: Host, plan: mig.Plan, layout: mig.Placed, say: Say) -> None:

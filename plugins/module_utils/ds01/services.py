@@ -47,13 +47,21 @@ def runs(unit: str) -> bool:
     return _known(unit).runs
 
 
+def startable(unit: str) -> bool:
+    """Whether systemd has it, and an admin has not masked it. Raises Ds01Error `service_failed` where systemd
+    does not answer."""
+    return _known(unit).load_state not in ("not-found", "masked")
+
+
 @dataclass(frozen=True)
 class _Known:
-    """A unit's own name where it was asked about by another, whether it runs, and what a stop of it stops."""
+    """A unit's own name where it was asked about by another, whether it runs, what a stop of it stops, and what
+    became of its file (LoadState)."""
 
     name: str
     runs: bool
     dependents: tuple[str, ...]
+    load_state: str
 
 
 def _add_stopping(unit: str, cause: str, known: dict[str, _Known], causes: dict[str, str]) -> None:
@@ -68,12 +76,13 @@ def _add_stopping(unit: str, cause: str, known: dict[str, _Known], causes: dict[
 
 
 def _known(unit: str) -> _Known:
-    done = _systemctl("show", [unit], _LOOK_TIMEOUT, f"--property=Id,ActiveState,{','.join(_STOPPED_WITH)}")
+    done = _systemctl("show", [unit], _LOOK_TIMEOUT, f"--property=Id,LoadState,ActiveState,{','.join(_STOPPED_WITH)}")
     about = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
     if done.returncode or "ActiveState" not in about:
         raise _failed(f"systemd does not say whether {unit} runs{_said(done)}.", unit)
     dependents = tuple(name for kind in _STOPPED_WITH for name in about.get(kind, "").split())
-    return _Known(about.get("Id") or unit, about["ActiveState"] in _RUNNING, dependents)
+    runs, load_state = about["ActiveState"] in _RUNNING, about.get("LoadState", "")
+    return _Known(about.get("Id") or unit, runs, dependents, load_state)
 
 
 def stop(unit: str) -> None:
