@@ -146,7 +146,7 @@ def test_who_reads_for_people_gets_the_sentence_alone(server: Server) -> None:
     assert err.startswith(f"ds01: driver_unavailable: {sentence('nvmlDeviceGetCount')}")
 
 
-@pytest.mark.parametrize("argv", [("limits", "alice"), ("query", "users"), ("events",)], ids=" ".join)
+@pytest.mark.parametrize("argv", [("limits", "alice"), ("query", "users"), ("events",), ("release", "--container", "p._.alice")], ids=" ".join)
 def test_what_asks_no_driver_goes_on(argv: Sequence[str], server: Server) -> None:
     server.simulate("hang=init")
     code, _, err = ended(began(*argv))
