@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
+import sim_systemd
 from ds01 import reconcile
 from ds01.errors import EXIT_UNAVAILABLE, Ds01Error
 from ds01.ledger import LedgerStore
-from sim_server import SIM, Server, Start, needs_sim, start
+from sim_server import LIMITS, SIM, Server, Start, needs_sim, start
 from support import ROOT
 
 __all__ = ["start"]
@@ -146,7 +147,11 @@ def test_who_reads_for_people_gets_the_sentence_alone(server: Server) -> None:
     assert err.startswith(f"ds01: driver_unavailable: {sentence('nvmlDeviceGetCount')}")
 
 
-@pytest.mark.parametrize("argv", [("limits", "alice"), ("query", "users"), ("events",), ("release", "--container", "p._.alice")], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv",
+    [("limits", "alice"), ("query", "users"), ("events",), ("release", "--container", "p._.alice")],
+    ids=" ".join,
+)
 def test_what_asks_no_driver_goes_on(argv: Sequence[str], server: Server) -> None:
     server.simulate("hang=init")
     code, _, err = ended(began(*argv))
@@ -170,7 +175,8 @@ def test_a_lock_is_not_held_by_who_hangs(server: Server) -> None:
         while refusal is None and time.monotonic() < until:
             try:
                 with store.locked():
-                    time.sleep(0.05)
+                    pass
+                time.sleep(0.1)  # the other one's turn
             except Ds01Error as exc:
                 refusal = exc
         assert refusal is not None
@@ -202,4 +208,20 @@ def test_a_change_that_hangs_is_put_right_afterwards(fault: str, call: str, serv
     settles(server)
     code, _, err = ended(began("mig", "apply", "--gpu", wish, bound=30))
     assert (code, "driver_unavailable" in err) == (0, False)
+    settles(server)
+
+
+def test_services_that_gave_way_run_again_after_the_next_reconcile_even_while_it_hangs(server: Server) -> None:
+    """Reconcile starts them before it asks the driver."""
+    unit = "nvidia-dcgm.service"
+    systemd = sim_systemd.install(server.host.root / "bin", server.host.root / "units")
+    systemd.unit(unit)
+    server.host.limits(f"{LIMITS}policies: {{mig_services: [{unit}]}}\n")
+    server.simulate("hang=change")
+    assert ended(began("mig", "apply", "--gpu", "0="))[0] == EXIT_UNAVAILABLE
+    assert systemd.running() == []
+    server.simulate("hang=call")
+    assert ended(began("reconcile"))[0] == EXIT_UNAVAILABLE
+    assert systemd.running() == [unit]
+    server.simulate("hang=none")
     settles(server)
