@@ -315,8 +315,7 @@ from ansible.module_utils.ds01.allocations import Allocations
 from ansible.module_utils.ds01.container_spec import ContainerRequest, check_keep
 from ansible.module_utils.ds01.containers import DEFAULT_STOP_TIMEOUT, RECREATE, STATES, Containers, Report, Wish
 from ansible.module_utils.ds01.errors import Ds01Error, invalid_input
-from ansible.module_utils.ds01.paths import Paths
-from ansible.module_utils.ds01_module import fail, finish, items
+from ansible.module_utils.ds01_module import fail, finish, items, this_server
 
 ITEM = {
     "state": {"type": "str", "choices": list(STATES), "default": "started"},
@@ -393,7 +392,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     try:
-        allocations = Allocations(Paths.from_env())
+        allocations = this_server(module)
         containers = Containers(allocations)
         wishes = [to_wish(item, allocations) for item in items(module, "containers")]
         reports = (containers.preview if module.check_mode else containers.apply)(wishes)

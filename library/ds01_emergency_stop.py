@@ -99,8 +99,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.ds01 import emergency
 from ansible.module_utils.ds01.allocations import Allocations
 from ansible.module_utils.ds01.errors import Ds01Error
-from ansible.module_utils.ds01.paths import Paths
-from ansible.module_utils.ds01_module import fail
+from ansible.module_utils.ds01_module import fail, this_server
 
 
 def run(ds01: Allocations, params: dict[str, Any], check_mode: bool) -> emergency.Report:
@@ -129,7 +128,7 @@ def main() -> None:
     if module.params["all"] is False:
         module.fail_json(msg="all: false names nobody; name a user, a GPU, or all: true.", reason="invalid_input")
     try:
-        report = run(Allocations(Paths.from_env()), module.params, module.check_mode)
+        report = run(this_server(module), module.params, module.check_mode)
     except Ds01Error as exc:
         fail(module, exc, problems=[])
     result = report.result()

@@ -198,9 +198,8 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.ds01 import waiting
 from ansible.module_utils.ds01.allocations import Allocations
 from ansible.module_utils.ds01.errors import Ds01Error
-from ansible.module_utils.ds01.paths import Paths
 from ansible.module_utils.ds01.transitions import STATES, Change, Outcome, describe
-from ansible.module_utils.ds01_module import fail, finish, items
+from ansible.module_utils.ds01_module import fail, finish, items, this_server
 
 ITEM = {
     "state": {"type": "str", "choices": list(STATES), "default": "allocated"},
@@ -253,7 +252,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     try:
-        allocations = Allocations(Paths.from_env())
+        allocations = this_server(module)
         changes = [to_change(item, allocations) for item in items(module, "allocations")]
         outcomes = allocations.preview(changes) if module.check_mode else waiting.apply(allocations, changes)
         results = [outcome.result() for outcome in outcomes]

@@ -88,16 +88,15 @@ problems:
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.ds01.allocations import Allocations
 from ansible.module_utils.ds01.overview import gather
-from ansible.module_utils.ds01.paths import Paths
+from ansible.module_utils.ds01_module import this_server
 
 
 def main() -> None:
     module = AnsibleModule(
         argument_spec={"users": {"type": "list", "elements": "str", "default": []}}, supports_check_mode=True
     )
-    module.exit_json(changed=False, **gather(Allocations(Paths.from_env()), module.params["users"]))
+    module.exit_json(changed=False, **gather(this_server(module), module.params["users"]))
 
 
 if __name__ == "__main__":

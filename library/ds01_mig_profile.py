@@ -179,8 +179,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.ds01 import layouts, mig_text, partitions, relayout
 from ansible.module_utils.ds01.allocations import Allocations
 from ansible.module_utils.ds01.errors import Ds01Error, invalid_input
-from ansible.module_utils.ds01.paths import Paths
-from ansible.module_utils.ds01_module import fail, interruptible
+from ansible.module_utils.ds01_module import fail, interruptible, this_server
 
 ARGUMENT_SPEC = {
     "state": {"type": "str", "choices": ["present", "exported"], "default": "present"},
@@ -244,7 +243,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec=ARGUMENT_SPEC, mutually_exclusive=[("layout", "gpus")], supports_check_mode=True
     )
-    ds01 = Allocations(Paths.from_env())
+    ds01 = this_server(module)
     try:
         if module.params["state"] == "exported":
             result = exported(ds01, module.params["layout"] or "current")

@@ -75,9 +75,8 @@ from collections.abc import Sequence
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.ds01.allocations import Allocations
 from ansible.module_utils.ds01.errors import Ds01Error
-from ansible.module_utils.ds01.paths import Paths
 from ansible.module_utils.ds01.transitions import describe
-from ansible.module_utils.ds01_module import fail
+from ansible.module_utils.ds01_module import fail, this_server
 
 
 def rebuild(ds01: Allocations, check_mode: bool) -> dict:
@@ -114,7 +113,7 @@ def devices(allocations: dict) -> dict:
 def main() -> None:
     module = AnsibleModule(argument_spec={}, supports_check_mode=True)
     try:
-        result = rebuild(Allocations(Paths.from_env()), module.check_mode)
+        result = rebuild(this_server(module), module.check_mode)
     except Ds01Error as exc:
         fail(module, exc)
     if not module._diff:

@@ -64,15 +64,13 @@ reason:
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.ds01 import reconcile
-from ansible.module_utils.ds01.allocations import Allocations
 from ansible.module_utils.ds01.errors import Ds01Error
-from ansible.module_utils.ds01.paths import Paths
-from ansible.module_utils.ds01_module import fail
+from ansible.module_utils.ds01_module import fail, this_server
 
 
 def main() -> None:
     module = AnsibleModule(argument_spec={}, supports_check_mode=True)
-    ds01 = Allocations(Paths.from_env())
+    ds01 = this_server(module)
     try:
         found = reconcile.foresee(ds01) if module.check_mode else reconcile.reconcile(ds01)
     except Ds01Error as exc:

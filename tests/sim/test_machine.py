@@ -1,5 +1,8 @@
 """Whole GPUs and the driver: identity, MIG mode, faults and reboots."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -7,7 +10,7 @@ import pynvml
 import pytest
 
 from .calls import create_gi, instances
-from .conftest import tool
+from .conftest import OUT, tool
 
 IN_USE, RESET_REQUIRED = pynvml.NVML_ERROR_IN_USE, pynvml.NVML_ERROR_RESET_REQUIRED
 
@@ -210,6 +213,35 @@ def test_a_slow_driver(machine):
 
 
 @pytest.mark.parametrize(
+    ("kind", "returns", "hangs"),
+    [
+        ("change", "pynvml.nvmlInit(); pynvml.nvmlDeviceGetCount()", "pynvml.nvmlDeviceSetMigMode(gpu(), 0)"),
+        ("call", "pynvml.nvmlInit()", "pynvml.nvmlDeviceGetCount()"),
+        ("init", "gpu", "pynvml.nvmlInit()"),
+    ],
+)
+def test_a_driver_that_hangs(machine, kind, returns, hangs):
+    started = machine("--gpus", "A100-SXM4-80GB", "--mig", "0=", init=False)
+    started.set(f"hang={kind}")
+    code = f"""
+import pynvml
+def gpu():
+    return pynvml.nvmlDeviceGetHandleByIndex(0)
+{returns}
+print("before", flush=True)
+{hangs}
+"""
+    environment = os.environ | {"NVML_SIM_STATE": str(started.state), "LD_LIBRARY_PATH": str(OUT)}
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "before\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        started.set("hang=none")
+        assert process.wait(10) == 0
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (("set", "STATE", "lost=7"), "There is no GPU 7; this machine has 1."),
@@ -217,6 +249,7 @@ def test_a_slow_driver(machine):
         (("set", "STATE", "busy=0:3"), "GPU 0 has no MIG device 3; it has none."),
         (("set", "STATE", "process=0:x"), "'x' is not a whole number."),
         (("set", "STATE", "slow=long"), "'long' is not a number of seconds."),
+        (("set", "STATE", "hang=yes"), "Say init, call, change or none, not 'yes'."),
         (("show", "/nowhere"), "No state in /nowhere: No such file or directory."),
         (("init", "STATE", "--gpus", "2xVoodoo"), "There is no model 'Voodoo'; there are A30-24GB,"),
         (("init", "STATE", "--gpus", "A30-24GB", "--mig", "0=1g.5gb"), "GPU 0 has no profile '1g.5gb'; it has 1g.6gb,"),

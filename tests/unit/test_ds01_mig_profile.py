@@ -18,6 +18,7 @@ import pytest
 import sim_systemd
 import sim_tools
 import yaml
+from ansible.module_utils.ds01.paths import Paths
 from ds01_mig_profile import Ds01Error
 from sim_server import LIMITS, SIM, Server, Start, initial, needs_sim, start
 from support import ROOT, Host
@@ -36,7 +37,7 @@ def run(check: bool = False, **params: Any) -> dict[str, Any]:
 
 
 def service() -> Any:
-    return ds01_mig_profile.Allocations(ds01_mig_profile.Paths.from_env(), "tester")
+    return ds01_mig_profile.Allocations(Paths.from_env(), "tester")
 
 
 @pytest.fixture

@@ -50,12 +50,22 @@ static nvmlReturn_t resolve(struct session *s, const void *pointer, enum want wa
     return NVML_SUCCESS;
 }
 
+/* The machine as it is now, or as it is when such calls return again: the mutex is held meanwhile, so that another
+ * thread's call hangs as well. Unlike in a real driver's worst case, a signal still ends the process. */
+static nvmlReturn_t refresh(struct session *s, enum hang kind)
+{
+    nvmlReturn_t result;
+    while (!(result = state_refresh(&s->state)) && s->state->driver.hangs == kind)
+        nanosleep(&(struct timespec){.tv_nsec = 20 * 1000000L}, NULL);
+    return result;
+}
+
 nvmlReturn_t session_open(struct session *s)
 {
     pthread_mutex_lock(&mutex);
     s->entered = true;
     REQUIRE(initialized, NVML_ERROR_UNINITIALIZED);
-    nvmlReturn_t result = state_refresh(&s->state);
+    nvmlReturn_t result = refresh(s, CALLS_HANG);
     return result ? result : s->state->driver.loaded ? NVML_SUCCESS : NVML_ERROR_DRIVER_NOT_LOADED;
 }
 
@@ -80,6 +90,8 @@ nvmlReturn_t session_change(struct session *s, const void *pointer, enum want wa
     nvmlReturn_t result = session_enter(s, pointer, want);
     REQUIRE(!result, result);
     REQUIRE(permitted(s->state), NVML_ERROR_NO_PERMISSION);
+    result = refresh(s, CHANGES_HANG);
+    REQUIRE(!result, result);
     slow_down(&s->state->driver);
     result = state_lock(&s->lock);
     REQUIRE(!result, result);
@@ -156,7 +168,7 @@ NVML_API nvmlInitWithFlags(unsigned int flags)
     SESSION(s);
     pthread_mutex_lock(&mutex);
     s.entered = true;
-    nvmlReturn_t result = state_refresh(&s.state);
+    nvmlReturn_t result = refresh(&s, INIT_HANGS);
     REQUIRE(!result, result);
     slow_down(&s.state->driver);
     REQUIRE(s.state->driver.loaded, NVML_ERROR_DRIVER_NOT_LOADED);

@@ -33,7 +33,7 @@ struct kind {
 
 static const struct field driver_fields[] = {
     T(driver, version), N(driver, loaded), N(driver, mismatch), N(driver, permit_any), N(driver, boot),
-    N(driver, slow_ms), L(driver, seed),   L(driver, next),     END,
+    N(driver, slow_ms), N(driver, hangs),  L(driver, seed),     L(driver, next),       END,
 };
 static const struct field gpu_fields[] = {
     N(gpu, minor),         N(gpu, mig),         N(gpu, pending),

@@ -14,9 +14,13 @@ enum { MAX_GPUS = 16, MAX_GIS = 128, MAX_CIS = 128, MAX_PROCESSES = 256, MAX_XID
 /* "No instance": written `-` in the file, and what NVML itself reports for a process outside MIG. */
 #define NO_INSTANCE 0xFFFFFFFFu
 
+/* Which calls do not return while it lasts. */
+enum hang { NOTHING_HANGS, INIT_HANGS, CALLS_HANG, CHANGES_HANG };
+
 struct driver {
     char version[80];
     unsigned loaded, mismatch, permit_any, boot, slow_ms;
+    unsigned hangs; /* an enum hang */
     uint64_t seed, next; /* `next` numbers whatever must never repeat: MIG UUIDs and Xids */
 };
 

@@ -59,6 +59,13 @@ def _milliseconds(value):
         raise UsageError(f"{value!r} is not a number of seconds.") from None
 
 
+def _hang(value):
+    kinds = ("none", "init", "call", "change")  # the library's enum hang
+    if value not in kinds:
+        raise UsageError(f"Say {', '.join(kinds[1:])} or none, not {value!r}.")
+    return str(kinds.index(value))
+
+
 def _permit(value):
     if value not in ("root", "any"):
         raise UsageError(f"Say root or any, not {value!r}.")
@@ -171,6 +178,7 @@ CHANGES = {
     "no-gap": _gap(False),
     "swap": _swap,
     "slow": _driver("slow_ms", _milliseconds),
+    "hang": _driver("hangs", _hang),
     "loaded": _driver("loaded", _switch),
     "version-mismatch": _driver("mismatch", _switch),
     "driver-version": _driver("version", str),

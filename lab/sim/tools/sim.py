@@ -41,6 +41,7 @@ changes, and what takes them back:
   reset=0                                   no instances; a pending MIG mode comes into force
   passthrough=0           bare-metal=0      a MIG mode change waits for a reboot (models that need a reset)
   slow=SECONDS            slow=0            init and every change take that long
+  hang=init|call|change   hang=none         nvmlInit, every other call, or every change does not return
   loaded=off  version-mismatch=on           the driver as a whole
   permit=any              permit=root       who may change GPUs
   reboot                                    no instances; MIG mode stays only where the GPU stores it

@@ -1,5 +1,6 @@
 #!/opt/ds01/venv/bin/python -I
-"""Reconciles as `ds01 reconcile` does, twice at each look, and tells what each did and which files the second changed.
+"""Reconciles as `ds01 reconcile` does, twice at each look, and tells what each did and which files the second changed,
+and how many seconds they took.
 
 Looks are named by the seconds that have passed by then; SET_BY is by how many the calendar was set. The clocks are
 this process's own: the machine's are those of every lab host.
@@ -24,6 +25,7 @@ from ds01.paths import Paths
 KEPT = [Path(path) for path in ("/var/lib/ds01", "/var/log/ds01", "/run/cdi", "/etc/ds01", "/home")]
 set_by = timedelta(seconds=int(os.environ.get("SET_BY", "0")))
 passed = timedelta()
+took = {}
 seconds, nanoseconds, Calendar = time.clock_gettime, time.clock_gettime_ns, datetime
 
 
@@ -44,10 +46,14 @@ def files():
 
 
 def run(verb):
-    return verb(Allocations(Paths.from_env(), "the test", lambda: Clock.now(timezone.utc)))
+    began = time.perf_counter()
+    found = verb(Allocations(Paths.from_env(), "the test", lambda: Clock.now(timezone.utc)))
+    took[verb.__name__] = [*took.get(verb.__name__, ()), round(time.perf_counter() - began, 2)]
+    return found
 
 
 def look():
+    took.clear()
     before = files()
     foreseen = run(reconcile.foresee)
     touched = before.items() ^ files().items()
@@ -62,6 +68,7 @@ def look():
         "touched": sorted({path for path, _ in touched | (before.items() ^ files().items())}),
         "foreseen": [f"{action.kind} {action.subject}" for action in foreseen.actions],
         "msg": again.summary(),
+        "took": dict(took),
     }
 
 

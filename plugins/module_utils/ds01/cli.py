@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from . import accounts, config, interruption, names, nvml, overview, terminal, units, waiting
+from . import accounts, config, interruption, names, nvml, overview, terminal, units, waiting, watchdog
 from .allocations import Allocations
 from .errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_REFUSED, EXIT_UNAVAILABLE, Ds01Error, exit_code, invalid_input
 from .limits import as_dict, resolve_all
@@ -363,6 +363,12 @@ def _complain(reason: str, message: str) -> None:
     print(f"ds01: {reason}: {message}", file=sys.stderr)
 
 
+def _fail(exc: Ds01Error, as_json: bool) -> None:
+    if as_json:
+        _print_json({"failed": True, "reason": exc.reason, "msg": str(exc), **exc.details})
+    _complain(exc.reason, str(exc))
+
+
 def _duration(text: str) -> timedelta:
     try:
         return units.parse_duration(text)
@@ -605,14 +611,13 @@ def _add_wanted_layout(command: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     args = _parser().parse_args(argv)
+    watchdog.tell(functools.partial(_fail, as_json=args.json))
     try:
         code = args.run(args, Allocations(Paths.from_env()))
         sys.stdout.flush()
         return code
     except Ds01Error as exc:
-        if args.json:
-            _print_json({"failed": True, "reason": exc.reason, "msg": str(exc), **exc.details})
-        _complain(exc.reason, str(exc))
+        _fail(exc, args.json)
         return exc.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to complain at exit

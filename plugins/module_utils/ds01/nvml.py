@@ -2,12 +2,14 @@
 
 One session a run: on an eight-GPU server initialising NVML costs more than everything else DS01
 does. Handles are read and dropped inside one call, for they do not survive a layout change.
+A call that does not return ends the process, and its door says so (watchdog).
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,11 +17,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from .errors import Ds01Error
 from .libraries import require
 from .model import FULL, Device, Gpu, Inventory
+from .watchdog import Watch
 
 if TYPE_CHECKING:
     from . import mig, policies
 
 _T = TypeVar("_T")
+
+READ_TIMEOUT = 60.0
+"""Seconds for a call that reads. The driver itself gives up a GPU that does not answer it after 45 (Xid 119)."""
+CHANGE_TIMEOUT = 120.0
+"""Seconds for a call that changes a GPU, which may reset it, and for initialising NVML: without persistence mode
+that wakes every GPU, one after the other."""
+
+_LOOKS = 8
+"""How often the watch looks in that time."""
 
 _MAX_GI_PROFILES = 64
 _READS = 5
@@ -43,21 +55,39 @@ _INIT_HINTS = {
 def session() -> Iterator[Nvml]:
     """An initialised NVML. Raises Ds01Error `driver_unavailable`, or `library_missing` without pynvml."""
     pynvml = require("pynvml", "nvidia-ml-py")
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as exc:
-        code = getattr(exc, "value", 0)
-        problem = "libnvidia-ml.so.1 was not found" if code == 12 else str(exc).rstrip(".")
-        raise Ds01Error(
-            "driver_unavailable",
-            f"The NVIDIA driver does not answer on this host: {problem}.",
-            _INIT_HINTS.get(code, "nvidia-smi shows more."),
-        ) from None
-    try:
-        yield Nvml(pynvml)
-    finally:
-        with contextlib.suppress(pynvml.NVMLError):
-            pynvml.nvmlShutdown()
+    with Watch(READ_TIMEOUT / _LOOKS) as watch:
+        library = _Library(pynvml, watch)
+        try:
+            library.nvmlInit()
+        except pynvml.NVMLError as exc:
+            code = getattr(exc, "value", 0)
+            problem = "libnvidia-ml.so.1 was not found" if code == 12 else str(exc).rstrip(".")
+            raise Ds01Error(
+                "driver_unavailable",
+                f"The NVIDIA driver does not answer on this host: {problem}.",
+                _INIT_HINTS.get(code, "nvidia-smi shows more."),
+            ) from None
+        try:
+            yield Nvml(library)
+        finally:
+            with contextlib.suppress(pynvml.NVMLError):
+                library.nvmlShutdown()
+
+
+class _Library:
+    """pynvml, whose calls have to return in time."""
+
+    def __init__(self, pynvml: Any, watch: Watch) -> None:
+        self._pynvml = pynvml
+        self._watch = watch
+
+    def __getattr__(self, name: str) -> Any:
+        """Called once a name: what is found stays as an attribute."""
+        found = getattr(self._pynvml, name)
+        if isinstance(found, types.FunctionType):
+            found = self._watch.watched(found, name, READ_TIMEOUT if "Get" in name else CHANGE_TIMEOUT)
+        setattr(self, name, found)
+        return found
 
 
 class Nvml:

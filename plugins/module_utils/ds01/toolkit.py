@@ -11,11 +11,13 @@ import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from . import files
+from . import files, watchdog
 from .errors import Ds01Error
 
 _TIMEOUT = 120
 """Seconds. nvidia-smi alone took 5 s on eight GPUs cut into sevenths (gpu-operator, issue 2155)."""
+_GRACE = 10
+"""Seconds more: a program that is inside of a driver that hangs cannot even be ended."""
 
 _INSTALL = "playbooks/site.yml installs it."
 
@@ -81,7 +83,8 @@ def _replace(file: Path, data: bytes) -> None:
 
 def _run(*argv: str) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, check=False)
+        with watchdog.bounded(_TIMEOUT + _GRACE, " ".join(argv)):
+            return subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, check=False)
     except FileNotFoundError:
         raise Ds01Error("driver_unavailable", f"There is no {argv[0]} on this host.", _INSTALL) from None
     except subprocess.TimeoutExpired:
