@@ -178,26 +178,28 @@ class Allocations:
         problem = self.events.problem
         return [replace(o, warnings=(*o.warnings, problem)) for o in plan.outcomes] if problem else plan.outcomes
 
-    def settle(self) -> Settled:
+    def settle(self, driver: nvml.Nvml) -> Settled:
         """Notice what is over or was seen to have changed, and put right every CDI device that is not what the
         ledger says. Raises Ds01Error where the driver, the engine or the ledger does not answer."""
-        plan, seen = self._persistently((), _everything())
+        plan, seen = self._persistently((), _everything(), driver)
         return Settled(plan.due, plan.mended, plan.ledger, seen)
 
-    def foresee_settle(self) -> Settled:
+    def foresee_settle(self, driver: nvml.Nvml) -> Settled:
         """What `settle` would do now. Writes nothing and takes no lock."""
         with contextlib.ExitStack() as stack:
             scope = _everything()
-            sources, now = self._open(scope, stack), self.store.read()
+            sources, now = self._open(scope, stack, driver), self.store.read()
             seen = self._observe((), scope, now, sources)
             plan = self._plan((), scope, now, seen, sources)
         return Settled(plan.due, plan.mended, plan.ledger, seen)
 
-    def _persistently(self, changes: Sequence[Change], scope: _Scope) -> tuple[_Plan, Observation]:
+    def _persistently(
+        self, changes: Sequence[Change], scope: _Scope, driver: nvml.Nvml | None = None
+    ) -> tuple[_Plan, Observation]:
         """Decide and write, anew where the world moved on meanwhile; then the events."""
         for left in reversed(range(_ATTEMPTS)):
             try:
-                plan, seen = self._decide_and_write(changes, scope)
+                plan, seen = self._decide_and_write(changes, scope, driver)
                 break
             except _OutdatedError:
                 if not left:
@@ -205,12 +207,14 @@ class Allocations:
         self._record_events((*plan.due, *plan.outcomes), plan.now)
         return plan, seen
 
-    def _decide_and_write(self, changes: Sequence[Change], scope: _Scope) -> tuple[_Plan, Observation]:
+    def _decide_and_write(
+        self, changes: Sequence[Change], scope: _Scope, driver: nvml.Nvml | None
+    ) -> tuple[_Plan, Observation]:
         """One attempt. Raises _OutdatedError, with nothing changed, when the world moved on meanwhile."""
         if not engine.disabled() and self.store.lost():
             self.rebuild()
         with contextlib.ExitStack() as stack:
-            sources = self._open(scope, stack)
+            sources = self._open(scope, stack, driver)
             first = self.store.read()
             seen = self._observe(changes, scope, first, sources)
             transaction = stack.enter_context(self.store.transaction())
@@ -504,15 +508,15 @@ class Allocations:
         harmless = self.config.policies.monitoring_containers
         return self._observer.look(now, driver, stopping=stopping, harmless=harmless)
 
-    def _open(self, scope: _Scope, stack: contextlib.ExitStack) -> _Sources:
+    def _open(self, scope: _Scope, stack: contextlib.ExitStack, driver: nvml.Nvml | None = None) -> _Sources:
         """What is slow and does not depend on the ledger, done before its lock is taken: imports, the
-        limits file, the engine's connection, the driver's session, NVIDIA's CDI spec."""
+        limits file, the engine's connection, the driver's session where none is open yet, NVIDIA's CDI spec."""
         _ = self.config
         if scope.engine:
             _ = self.engine
         if not scope.driver:
             return _Sources(None, None)
-        return _Sources(stack.enter_context(nvml.session()), self.cdi.nvidia_spec())
+        return _Sources(driver or stack.enter_context(nvml.session()), self.cdi.nvidia_spec())
 
     def _observe(self, changes: Sequence[Change], scope: _Scope, now: Ledger, sources: _Sources) -> Observation:
         if not scope.engine:

@@ -431,14 +431,19 @@ class Containers:
         self._event("container.removed", wish.name)
         return True
 
-    def discard(self, name: names.ContainerName, container_id: str, why: str) -> None:
-        """Remove a container that does not run, and what belongs to it. Raises Ds01Error: `engine_error` for one
-        that was started meanwhile, `container_busy` while somebody else works on it."""
+    def discard(self, name: names.ContainerName, container_id: str, why: str) -> bool:
+        """Remove a container that does not run, and what belongs to it; False where it is gone, or another has its
+        name by now. Raises Ds01Error: `engine_error` for one that was started meanwhile, `container_busy` while
+        somebody else works on it."""
         with exclusion.alone(self._allocations.paths.state / "containers.lock", name.full):
+            there = self._engine.container(name.full)
+            if there is None or there.id != container_id:
+                return False
             self._engine.discard(container_id)
             self._metadata_path(name).unlink(missing_ok=True)
             self._event("container.removed", name, message=why)
             self._allocations.apply([Change("released", name)])
+        return True
 
     def _release(self, wish: Wish, _plan: _Plan, _undo: contextlib.ExitStack) -> bool:
         return self._allocations.apply([Change("released", wish.name)])[0].changed
