@@ -12,7 +12,8 @@ from pathlib import Path
 
 from . import accounts, engine, nvml, policies, telling, usage
 from .allocations import Allocations, Settled
-from .containers import Containers, Wish
+from .container_steps import Wish
+from .containers import Containers
 from .drift import Action
 from .engine import Container
 from .observation import Observation
