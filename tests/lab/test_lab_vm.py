@@ -49,8 +49,9 @@ def test_a_pid_file_of_somebody_elses_process_is_no_machine(machine, content):
 
 def test_a_running_machine_is_known_by_its_disk_and_tells_its_port(machine):
     words = vm.command_line(machine, Boot(Path("/cache/vm-1")), 23001)
-    sleep = [sys.executable, "-c", "input()", *words]
-    with subprocess.Popen(sleep, stdin=subprocess.PIPE) as process:
+    sleep = [sys.executable, "-c", "input('begun')", *words]
+    with subprocess.Popen(sleep, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.read(5)  # a program's command line is empty for a moment after it was started
         (machine.folder / "pid").write_text(str(process.pid))
         assert machine.port() == 23001
         machine.host_key.with_suffix(".pub").write_text("ssh-ed25519 AAAA lab-vm\n")

@@ -92,7 +92,8 @@ def everything(model: str) -> Gpu:
 
 @dataclass(frozen=True)
 class Case:
-    """A GPU that is cut in `before`, of which `used` and `forced` are in use; `wish` is wanted."""
+    """A GPU that is cut in `before`; `used` and `forced` are in use (those that are not there are missing); `wish`
+    is wanted."""
 
     model: str
     before: Layout
@@ -104,14 +105,19 @@ class Case:
     def gpu(self) -> Gpu:
         return everything(self.model)
 
-    def state(self) -> GpuState:
-        def instance(number: int, place: Place) -> Instance:
-            who = (held(f"u{number}"),) if place in self.used else (held("forced"),) if place in self.forced else ()
-            size = self.gpu.table.by_name[place[0]].size
-            return Instance(number, *place, size, (f"MIG-{number}",), True, who)
+    @property
+    def by_user(self) -> dict[str, Place]:
+        return {f"u{number}": place for number, place in enumerate(sorted(self.before | self.used | self.forced))}
 
-        found = tuple(instance(number, place) for number, place in enumerate(sorted(self.before)))
-        return GpuState(0, "GPU-0", self.model, True, self.gpu.table, found)
+    def state(self) -> GpuState:
+        def instance(user: str, place: Place) -> Instance:
+            who = (held(user),) if place in self.used else (held("forced"),) if place in self.forced else ()
+            size = self.gpu.table.by_name[place[0]].size
+            return Instance(int(user[1:]), *place, size, (f"MIG-{user}",), True, who, place in self.before)
+
+        found = [instance(user, place) for user, place in self.by_user.items() if place in self.before]
+        missing = [instance(user, place) for user, place in self.by_user.items() if place not in self.before]
+        return GpuState(0, "GPU-0", self.model, True, self.gpu.table, tuple(found), tuple(missing))
 
     def answer(self) -> Plan | LayoutRefusal:
         return plan_gpu(self.state(), Cut(True, self.wish), {"p._.forced"})
@@ -166,8 +172,7 @@ def check_refusal(case: Case, answer: Plan | LayoutRefusal) -> None:
         assert answer.reason == "layout_impossible"
         return
     assert answer.reason == "layout_in_use"
-    by_user = {f"u{number}": place for number, place in enumerate(sorted(case.before))}
-    named = {by_user[holder.user] for holder in answer.blocked_by}
+    named = {case.by_user[holder.user] for holder in answer.blocked_by}
     assert named <= case.used
     assert len(named) == min(len(case.used - layout) for layout in anyway), case
     assert any(case.used - named <= layout for layout in anyway)
@@ -201,6 +206,22 @@ def test_a_sample_of_everything(model: str) -> None:
         check(case)
         refusals += isinstance(case.answer(), LayoutRefusal)
     assert CASES // 10 < refusals < CASES * 9 // 10, "the sample has both"
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_is_missing_comes_back_in_its_place(model: str) -> None:
+    """As after a reboot or a reset, with whatever was cut since."""
+    chance, gpu = random.Random(f"missing {model}"), everything(model)  # noqa: S311 - a sample, not a secret
+    refusals = 0
+    for case in sampled(model, CASES):
+        recorded = chance.choice(gpu.layouts) - case.before
+        forced = frozenset(place for place in sorted(recorded) if chance.random() < 0.3)
+        wish = tuple(sorted(name for name, _ in recorded)) if chance.random() < 0.3 else case.wish
+        given_back = Case(model, case.before, wish, case.used | (recorded - forced), case.forced | forced)
+        check(given_back)
+        refusals += isinstance(given_back.answer(), LayoutRefusal)
+        check_placed(given_back, tuple(sorted(chance.choice((recorded, *gpu.layouts[:20])))))
+    assert CASES // 10 < refusals < CASES, "the sample has both"
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -251,7 +272,7 @@ def test_any_case(data: st.DataObject) -> None:
 def test_the_order_of_names_and_instances_does_not_matter(model: str) -> None:
     for case in sampled(model, 200):
         state, answer = case.state(), case.answer()
-        turned = GpuState(0, "GPU-0", model, True, state.table, state.instances[::-1])
+        turned = GpuState(0, "GPU-0", model, True, state.table, state.instances[::-1], state.missing)
         again = plan_gpu(turned, Cut(True, case.wish[::-1]), {"p._.forced"})
         if isinstance(answer, Plan):
             assert isinstance(again, Plan)
@@ -274,8 +295,7 @@ def check_placed(case: Case, wanted: tuple[Place, ...]) -> None:
         assert answer.reason == "layout_impossible"
     elif not case.used <= places:
         assert isinstance(answer, LayoutRefusal), f"{case} {wanted}"
-        by_user = {f"u{number}": place for number, place in enumerate(sorted(case.before))}
-        assert {by_user[holder.user] for holder in answer.blocked_by} == case.used - places
+        assert {case.by_user[holder.user] for holder in answer.blocked_by} == case.used - places
     else:
         assert isinstance(answer, Plan), f"{case} {wanted}: {answer}"
         assert carried_out(case, answer) == places

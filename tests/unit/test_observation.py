@@ -65,9 +65,11 @@ def container(name: str, status: str = "running", labels: Any = OURS) -> Contain
     return Container(name, name, status, "img", labels)
 
 
-def observer(engine: Engine, tmp_path: Path, outdated: tuple[str, ...] = ()) -> Observer:
+def observer(engine: Engine, tmp_path: Path, **doubtful: str) -> Observer:
+    """`GPU_1` stands for GPU-1."""
     projected = {"q._.alice": ("GPU-0",)}
-    return Observer(lambda: engine, tmp_path, projected.get, lambda: outdated)
+    of = {uuid.replace("_", "-"): why for uuid, why in doubtful.items()}
+    return Observer(lambda: engine, tmp_path, projected.get, lambda _: of)
 
 
 def test_a_container_outside_ds01_is_asked_about_once(tmp_path: Path) -> None:
@@ -85,10 +87,10 @@ def test_what_only_watches_uses_nothing(tmp_path: Path) -> None:
     assert seen.occupied == {}
 
 
-def test_a_gpu_that_was_not_cut_again_since_the_boot_is_offered_to_nobody(tmp_path: Path) -> None:
-    seen = observer(Engine(), tmp_path, outdated=("GPU-1",)).look(taken(TWO), Driver())
+def test_a_gpu_that_may_not_be_cut_as_it_should_be_is_offered_to_nobody(tmp_path: Path) -> None:
+    seen = observer(Engine(), tmp_path, GPU_1="it was not cut again").look(taken(TWO), Driver())
     assert [d.health for d in seen.inventory.devices] == ["ok", "suspect"]
-    assert "not cut again since this host started" in seen.inventory.gpus[1].health_reason
+    assert [gpu.health_reason for gpu in seen.inventory.gpus] == ["", "it was not cut again"]
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
-from ds01 import overview, partitions, publishing
+from ds01 import interruption, overview, partitions, publishing
 from sim_server import Server, Start, needs_sim, start  # noqa: F401 - start is a fixture
 
 pytestmark = needs_sim
@@ -148,3 +150,39 @@ def test_what_is_only_missing_in_this_boot_is_cut_again(server: Server) -> None:
     server.somebody_removes(0, 2)
     assert server.restore().problems == ()
     assert server.cuts() == cuts
+
+
+@pytest.mark.parametrize("write", [1, 3, 5])
+def test_an_interruption_loses_no_gpu_that_is_done(write: int, server: Server) -> None:
+    """systemd ends a unit that takes too long by SIGTERM."""
+    server.boot()
+    server.calls.before("write", lambda: os.kill(os.getpid(), signal.SIGTERM), write)
+    with pytest.raises(interruption.Interrupted), interruption.as_exception():
+        server.restore()
+    server.calls.clear()
+    server.check_nothing_false()
+    done = {uuid for uuid, gpu in json.loads(server.saved.read_bytes())["gpus"].items() if gpu["boot_id"] == "boot 2"}
+    there = {name for name, gpu in gpus_of(server).items() if gpu in done}
+    assert server.projected().keys() == there
+    last = json.loads(server.host.events.read_text(encoding="utf-8").splitlines()[-1])
+    assert (last["event"], len(last["problems"])) == ("mig.restored", 2 - len(done))
+    assert server.restore().problems == ()
+    server.check_all_done()
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"gpus": {"GPU-1": {}}}', "[]"])
+def test_a_damaged_file_keeps_no_whole_gpu_from_its_user(content: str, server: Server) -> None:
+    """What should be cut nobody knows then, so nobody is given anything new."""
+    server.apply(g1="full", force=["q._.bob"])
+    assert server.allocate("w._.carol", "full").ok
+    server.boot()
+    server.saved.write_text(content, encoding="utf-8")
+    restored = server.restore()
+    assert "mig-layout.json cannot be read" in " ".join(restored.problems)
+    assert restored.summary() == "Nothing was cut again."
+    assert server.projected().keys() == {"w._.carol"}
+    shown = overview.status(server.ds01())
+    assert {gpu["health"] for gpu in shown["gpus"]} == {"suspect"}
+    assert "mig-layout.json cannot be read" in shown["gpus"][0]["health_reason"]
+    refused = server.allocate("r._.dan", "1g.10gb")
+    assert (refused.ok, server.cut(0)) == (False, "")

@@ -128,7 +128,7 @@ class Allocations:
             lambda: self.engine,
             paths.metadata,
             self.cdi.projected,
-            lambda: self.saved_layout.outdated(processes.boot_id()),
+            lambda inventory: self.saved_layout.doubtful((gpu.uuid for gpu in inventory.gpus), processes.boot_id()),
         )
 
     @property

@@ -1,9 +1,9 @@
 """Which MIG instances to destroy and create, and where, to cut a GPU as wanted. Pure.
 
 The plan is exact: every way to place the wanted profiles is considered, so none smaller exists.
-First come the instances in use, which stay unless they are named in `force`, then the fewest
-operations, then the largest free run, then what could still be cut. Profiles and their placements are
-NVML's own, asked of the GPU; nothing here knows a model.
+First come the instances in use, which stay unless they are named in `force` (one that is missing is made
+again in its place), then the fewest operations, then the largest free run, then what could still be cut.
+Profiles and their placements are NVML's own, asked of the GPU; nothing here knows a model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from functools import cached_property
 
 from . import units
-from .model import Refusal
+from .model import FULL, Refusal
 
 KEEP, CREATE, DESTROY, ENABLE, DISABLE = "keep", "create", "destroy", "enable", "disable"
 
@@ -24,7 +24,7 @@ Placement = tuple[int, int]
 """The memory slices of an instance as NVML counts them: (start, size)."""
 
 _IN_USE = 1000
-"""What keeping an instance in use is worth beside keeping one that nobody uses (1): more than all of those."""
+"""What an instance in use is worth beside one that is there and need not be made (1): more than all of those."""
 
 _NEVER = datetime.max.replace(tzinfo=timezone.utc)
 
@@ -111,6 +111,7 @@ class Holder:
 class Instance:
     """A GPU instance. `devices` are the UUIDs of its MIG devices: none where its compute instance is
     missing, several where it was divided by somebody else. `whole`: it has one that spans all of it.
+    `there` is False for one of `GpuState.missing`.
     """
 
     id: int
@@ -120,6 +121,7 @@ class Instance:
     devices: tuple[str, ...] = ()
     whole: bool = True
     holders: tuple[Holder, ...] = ()
+    there: bool = True
 
     @property
     def uuid(self) -> str:
@@ -138,7 +140,8 @@ class Instance:
 class GpuState:
     """A GPU as it is. `mig` is its mode now, `pending` the mode after its next reset; `capable`: it has
     MIG at all; `resets`: a change of the mode resets it. `holders` use it as a whole, `model_id` is its PCI
-    device id as mig-parted writes it, `minor` the number of its device node.
+    device id as mig-parted writes it, `minor` the number of its device node. `missing` is what somebody has
+    and the GPU does not show, such as after a reboot or a reset; a whole GPU among it has the profile `full`.
     """
 
     index: int
@@ -147,6 +150,7 @@ class GpuState:
     mig: bool
     table: Table = Table()
     instances: tuple[Instance, ...] = ()
+    missing: tuple[Instance, ...] = ()
     pending: bool | None = None
     capable: bool = True
     model_id: int = 0
@@ -218,7 +222,7 @@ class Plan:
     gpu: int
     steps: tuple[Step, ...] = ()
     broken: tuple[Instance, ...] = ()
-    """Instances in use that the plan destroys, because `force` names their holders."""
+    """Instances in use that the plan destroys, or leaves missing, because `force` names their holders."""
 
     @property
     def changes(self) -> tuple[Step, ...]:
@@ -263,9 +267,10 @@ def plan_gpu(gpu: GpuState, cut: Cut, force: Collection[str] = ()) -> Plan | Lay
     refusal = _unable(gpu, cut) or _mode_refused(gpu, cut, force)
     if refusal:
         return refusal
-    free = [i for i in gpu.instances if not _protected(i, force)]
-    staying = [i for i in gpu.instances if _protected(i, force)]
+    free = [i for i in _known(gpu) if not _protected(i, force)]
+    staying = [i for i in _known(gpu) if _protected(i, force)]
     if not cut.enabled:
+        staying = [i for i in staying if i.profile != FULL]
         return _in_the_way(gpu, cut, staying) if staying else _steps(gpu, cut, ())
     found = _best(_Search(gpu.table, cut.counts, staying, free))
     return _steps(gpu, cut, found) if found is not None else _refused(gpu, cut, force)
@@ -277,9 +282,9 @@ def plan_placed(gpu: GpuState, layout: Placed, force: Collection[str] = ()) -> P
     refusal = _unable(gpu, layout.cut) or _misplaced(gpu, layout) or _mode_refused(gpu, layout, force)
     if refusal:
         return refusal
-    wanted = layout.instances if layout.enabled else ()
-    outside = [i for i in gpu.instances if _protected(i, force) and not (i.whole and i.key in wanted)]
-    return _in_the_way(gpu, layout, outside) if outside else _steps(gpu, layout.cut, wanted)
+    wanted = layout.instances if layout.enabled else ((FULL, 0),)
+    outside = [i for i in _known(gpu) if _protected(i, force) and not (i.whole and i.key in wanted)]
+    return _in_the_way(gpu, layout, outside) if outside else _steps(gpu, layout.cut, layout.instances)
 
 
 def possible(table: Table, instances: Iterable[Instance]) -> dict[str, tuple[int, ...]]:
@@ -335,12 +340,13 @@ class _Search:
         self.table = table
         self.fixed = tuple(i.key for i in staying)
         self.found: list[tuple[int, tuple[tuple[str, int], ...]]] = []
-        self._gain = {i.key: _IN_USE if i.holders else 1 for i in free if i.whole}
+        self._gain = {i.key: _IN_USE * bool(i.holders) + i.there for i in free if i.whole}
         self._most = 0
         rest = Counter(wanted)
         rest.subtract(i.profile for i in staying)
-        if all(i.whole for i in staying) and min(rest.values(), default=0) >= 0:
-            taken = _union(mask(i.start, i.size) for i in staying)
+        taken = _union(mask(i.start, i.size) for i in staying)
+        apart = taken.bit_count() == sum(i.size for i in staying)  # else one is missing where another is in use
+        if apart and all(i.whole for i in staying) and min(rest.values(), default=0) >= 0:
             self._items = self._largest_first(rest)
             self._hope = self._hopes()
             self._place(0, 0, taken, 0, [])
@@ -406,6 +412,11 @@ def _best(search: _Search, prefer: Callable[[_Layout], datetime] | None = None) 
 # --- the answer
 
 
+def _known(gpu: GpuState) -> tuple[Instance, ...]:
+    """What counts: the instances that are there, and those that somebody has and are missing."""
+    return (*gpu.instances, *gpu.missing)
+
+
 def _protected(instance: Instance, force: Collection[str]) -> bool:
     return any(not (h.container and h.container in force) for h in instance.holders)
 
@@ -422,7 +433,9 @@ def _steps(gpu: GpuState, cut: Cut, layout: _Layout) -> Plan:
     steps += [Step(gpu.index, KEEP, i.profile, i.placement, i.uuid) for i in sorted(stays.values(), key=_place_of)]
     for name, start in sorted(new, key=lambda key: (-size[key[0]], key[1])):
         steps.append(Step(gpu.index, CREATE, name, (start, size[name])))
-    return Plan(gpu.index, tuple(steps), tuple(i for i in goes if i.holders))
+    wanted = layout if cut.enabled else ((FULL, 0),)
+    lost = [i for i in gpu.missing if i.key not in wanted]
+    return Plan(gpu.index, tuple(steps), tuple(i for i in (*goes, *lost) if i.holders))
 
 
 def _place_of(instance: Instance) -> tuple[int, int]:
@@ -507,13 +520,13 @@ def _mode_refused(gpu: GpuState, wanted: Cut | Placed, force: Collection[str]) -
 def _refused(gpu: GpuState, cut: Cut, force: Collection[str]) -> LayoutRefusal:
     """Why nothing fits: the profiles themselves, or else the fewest instances in use that are in the way,
     of equally many those that are over first."""
-    used = [i for i in gpu.instances if _protected(i, force)]
+    used = [i for i in _known(gpu) if _protected(i, force)]
 
     def over(layout: _Layout) -> datetime:
         return max((_end(i) for i in used if i.key not in layout), default=_NEVER)
 
     # For this question nobody must stay, and a forced instance is worth no more than a free one.
-    unforced = [i if _protected(i, force) else replace(i, holders=()) for i in gpu.instances]
+    unforced = [i if _protected(i, force) else replace(i, holders=()) for i in _known(gpu)]
     found = _best(_Search(gpu.table, cut.counts, (), unforced), over)
     if found is None:
         message = f"GPU {gpu.index} ({gpu.name}) has no room for {cut} together."
@@ -526,8 +539,13 @@ def _end(instance: Instance) -> datetime:
 
 
 def _in_the_way(gpu: GpuState, wanted: Cut | Placed, instances: Sequence[Instance]) -> LayoutRefusal:
-    places = [(f"{i.profile} at {i.start}:{i.size}", h) for i in sorted(instances, key=_place_of) for h in i.holders]
+    places = [(_named(i), h) for i in sorted(instances, key=_place_of) for h in i.holders]
     return _blocked(gpu, wanted, places)
+
+
+def _named(instance: Instance) -> str:
+    name = "the whole GPU" if instance.profile == FULL else f"{instance.profile} at {instance.start}:{instance.size}"
+    return name if instance.there else f"{name} (missing now)"
 
 
 def _blocked(gpu: GpuState, wanted: Cut | Placed, places: Sequence[tuple[str, Holder]]) -> LayoutRefusal:

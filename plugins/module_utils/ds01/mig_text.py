@@ -66,9 +66,9 @@ def _mode(gpu: Mapping[str, Any]) -> str:
 
 
 def _blocks(rows: Sequence[Mapping[str, Any]]) -> list[Block]:
-    """A block for each GPU instance: of one that is divided, its rows together."""
+    """A block for each GPU instance: of one that is divided, its rows together. What is missing has none."""
     found: dict[tuple[int, int], Block] = {}
-    for row in rows:
+    for row in (row for row in rows if row["status"] != "missing"):
         start, size = row["placement"]
         owner = row["user"] or row["status"]
         if row["status"] == "held":
@@ -91,8 +91,19 @@ def plan_text(planned: Planned) -> str:
     by_index = {gpu.index: gpu for gpu in planned.host.gpus}
     parts = ["\n".join(_plan_lines(by_index[plan.gpu], plan)) for plan in planned.plans]
     meanwhile = [f"stopped meanwhile: {', '.join(planned.services)}"] if planned.services else []
+    also = list(_also_lost(planned))
     over = [f"given back: {container}: {why}" for container, why in planned.given_back.items()]
-    return "\n\n".join([*parts, *meanwhile, *over, *(f"also put right: {repair}" for repair in planned.repairs)])
+    return "\n\n".join([*parts, *also, *meanwhile, *over, *(f"also put right: {repair}" for repair in planned.repairs)])
+
+
+def _also_lost(planned: Planned) -> Iterator[str]:
+    """What the containers that are named in `force` have on GPUs that stay as they are."""
+    named = {(plan.gpu, i.placement) for plan in planned.plans for i in plan.broken}
+    for container in planned.released:
+        devices = planned.host.ledger.allocations[container].devices
+        others = [d.id for d in devices if (d.index[0], d.placement) not in named]
+        if others:
+            yield f"{container} gives back {', '.join(others)}, too: it has all of its devices or none"
 
 
 def _plan_lines(gpu: GpuState, plan: Plan) -> Iterator[str]:
@@ -160,11 +171,13 @@ def _owner(instance: Instance) -> str:
 
 def _after(gpu: GpuState, plan: Plan) -> Iterator[Block]:
     there = {i.placement: i for i in gpu.instances}
+    back = {i.key: _owner(i) for i in gpu.missing}
     for step in plan.steps:
         if step.placement and step.action == mig.KEEP:
             yield _block(there[step.placement])
         elif step.placement and step.action == mig.CREATE:
-            yield Block(*step.placement, step.profile, "new")
+            owner = back.get((step.profile, step.placement[0]), "new")
+            yield Block(*step.placement, step.profile, owner)
 
 
 def _step(step: Step) -> str:

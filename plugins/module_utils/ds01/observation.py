@@ -19,7 +19,6 @@ from .occupancy import GpuUse
 from .transitions import Change
 
 _NO_GPUS = Inventory((), ())
-_NOT_RESTORED = "it was not cut again since this host started; ds01 restore does that"
 
 
 @dataclass(frozen=True)
@@ -54,19 +53,19 @@ class Observation:
 
 class Observer:
     """Looks at the host; `get_engine` connects when first needed, `metadata` holds containers' records,
-    `outdated` names the GPUs that were not cut again since a reboot."""
+    `doubtful` says of which GPUs, by UUID, it is not known that they are cut as they should be, and why."""
 
     def __init__(
         self,
         get_engine: Callable[[], engine.Engine],
         metadata: Path,
         projected: claims.Projected,
-        outdated: Callable[[], Collection[str]],
+        doubtful: Callable[[Inventory], Mapping[str, str]],
     ) -> None:
         self._engine = get_engine
         self._metadata = metadata
         self._projected = projected
-        self._outdated = outdated
+        self._doubtful = doubtful
         self._uses: dict[str, GpuUse | None] = {}
 
     def look(
@@ -90,7 +89,8 @@ class Observer:
         return self._with_devices(driver, Observation(), []) if driver else Observation()
 
     def _with_devices(self, driver: nvml.Nvml, seen: Observation, uses: Sequence[GpuUse]) -> Observation:
-        inventory = _marked(driver.inventory(), self._outdated())
+        inventory = driver.inventory()
+        inventory = _marked(inventory, self._doubtful(inventory))
         uses = _as_opened(uses, inventory, driver)
         running = driver.processes(inventory)
         occupied = occupancy.occupied(inventory, uses, running, processes.describe)
@@ -150,17 +150,17 @@ def _is_loose(container: engine.Container, now: Ledger) -> bool:
     return runs and (container.gpus > 0 or not container.own)
 
 
-def _marked(inventory: Inventory, outdated: Collection[str]) -> Inventory:
-    """The inventory in which a GPU that waits to be cut again is not offered to anybody."""
-    if not outdated:
+def _marked(inventory: Inventory, doubtful: Mapping[str, str]) -> Inventory:
+    """The inventory in which such a GPU is offered to nobody."""
+    if not doubtful:
         return inventory
     gpus = [
-        replace(gpu, health="suspect", health_reason=_NOT_RESTORED)
-        if gpu.uuid in outdated and gpu.health == "ok"
+        replace(gpu, health="suspect", health_reason=doubtful[gpu.uuid])
+        if gpu.uuid in doubtful and gpu.health == "ok"
         else gpu
         for gpu in inventory.gpus
     ]
     devices = [
-        replace(d, health="suspect") if d.gpu_uuid in outdated and d.health == "ok" else d for d in inventory.devices
+        replace(d, health="suspect") if d.gpu_uuid in doubtful and d.health == "ok" else d for d in inventory.devices
     ]
     return replace(inventory, gpus=tuple(gpus), devices=tuple(devices))

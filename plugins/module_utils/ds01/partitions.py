@@ -61,7 +61,9 @@ def host(allocations: Allocations, driver: nvml.Nvml, ledger: Ledger, seen: Obse
     """The host as this look shows it, with the ledger's devices as they are called now."""
     now = resolved(ledger, seen.inventory)
     who = _Holders(now, lifecycle.ends(now, allocations.config), _outside(seen))
-    gpus = tuple(_held(gpu, seen.inventory, who) for gpu in driver.layout(seen.inventory))
+    gpus = tuple(
+        _with_missing(_held(gpu, seen.inventory, who), seen.inventory, who) for gpu in driver.layout(seen.inventory)
+    )
     return Host(gpus, seen.inventory, now, seen.running)
 
 
@@ -107,9 +109,10 @@ class _Holders:
     def of(self, device: Device) -> tuple[Holder, ...]:
         """Who has a device by the ledger, else who uses it without DS01."""
         allocation = self.ledger.holder_of(device)
-        if allocation:
-            return (Holder(allocation.container, allocation.user, self.ends.get(allocation.container)),)
-        return self.outside.get(device.uuid, ())
+        return (self.by_ledger(allocation),) if allocation else self.outside.get(device.uuid, ())
+
+    def by_ledger(self, allocation: Allocation) -> Holder:
+        return Holder(allocation.container, allocation.user, self.ends.get(allocation.container))
 
 
 def _outside(seen: Observation) -> dict[str, tuple[Holder, ...]]:
@@ -140,6 +143,21 @@ def _held(gpu: GpuState, inventory: Inventory, who: _Holders) -> GpuState:
     )
 
 
+def _with_missing(gpu: GpuState, inventory: Inventory, who: _Holders) -> GpuState:
+    """The GPU with what the ledger gives of it and it does not show. Where another record has the same
+    place by now, that is all that can be had."""
+    there = {instance.key for instance in gpu.instances if instance.whole}
+    found: dict[tuple[str, int], Instance] = {}
+    for allocation in who.ledger.allocations.values():
+        for device in allocation.devices:
+            start, size = device.placement or (0, gpu.table.width)
+            key = (device.profile, start)
+            if device.gpu_uuid == gpu.uuid and inventory.find(device) is None and key not in there:
+                known = found.get(key, Instance(-1, device.profile, start, size, there=False))
+                found[key] = replace(known, holders=(*known.holders, who.by_ledger(allocation)))
+    return replace(gpu, missing=tuple(found.values()))
+
+
 # --- list
 
 
@@ -147,7 +165,7 @@ def listing(host: Host) -> dict[str, Any]:
     """`ds01 mig list --json`."""
     return {
         "gpus": [_gpu_record(gpu) for gpu in host.gpus],
-        "instances": [row for gpu in host.gpus for i in gpu.instances for row in _instance_rows(host, gpu, i)],
+        "instances": [row for gpu in host.gpus for row in _rows(host, gpu)],
         "problems": list(host.problems),
     }
 
@@ -167,6 +185,30 @@ def _gpu_record(gpu: GpuState) -> dict[str, Any]:
         "profiles": {profile.name: profile.most for profile in gpu.table.profiles},
         "possible": {name: list(starts) for name, starts in fits.items()},
         "in_use_by": [str(h) for h in gpu.holders],
+    }
+
+
+def _rows(host: Host, gpu: GpuState) -> Iterator[dict[str, Any]]:
+    for instance in gpu.instances:
+        yield from _instance_rows(host, gpu, instance)
+    for instance in gpu.missing:
+        for holder in instance.holders:
+            yield _missing_row(gpu, instance, holder)
+
+
+def _missing_row(gpu: GpuState, instance: Instance, holder: Holder) -> dict[str, Any]:
+    return {
+        "gpu": gpu.index,
+        "id": None,
+        "uuid": None,
+        "profile": instance.profile,
+        "placement": list(instance.placement),
+        "gpu_instance": None,
+        "container": holder.container,
+        "user": holder.user,
+        "status": "missing",
+        "until": units.format_time(holder.until) if holder.until else None,
+        "occupied_by": None,
     }
 
 
@@ -328,7 +370,12 @@ def refusal(refusals: Sequence[mig.LayoutRefusal], host: Host, force: Collection
         for r in refusals
     ]
     message = " ".join([*(r.message for r in refusals), *_unknown(host, force)])
-    return Ds01Error(first.reason, message, first.hint or _remedy(refusals, host.running), refusals=details)
+    refused = {r.gpu for r in refusals}
+    missing = any(gpu.missing for gpu in host.gpus if gpu.index in refused)
+    first_try = "What is missing may come back: sudo ds01 restore. " if missing else ""
+    return Ds01Error(
+        first.reason, message, first.hint or first_try + _remedy(refusals, host.running), refusals=details
+    )
 
 
 def step_record(step: Step) -> dict[str, Any]:

@@ -270,11 +270,18 @@ def _carry_out(cutter: Cutter, driver: nvml.Nvml, planned: Planned) -> None:
         cutter.carry_out(gpus[step.gpu], step)
     if planned.switched:  # a GPU tells where its profiles may be only once its mode is on: from here on that counts
         switched = {gpu.index: planned.cuts[gpu.index] for gpu in planned.switched}
-        gpus |= {gpu.index: gpu for gpu in driver.layout(driver.inventory()) if gpu.index in switched}
+        now = (gpu for gpu in driver.layout(driver.inventory()) if gpu.index in switched)
+        gpus |= {gpu.index: replace(gpu, missing=_to_come_back(gpus[gpu.index], planned)) for gpu in now}
         plans = (*(p for p in plans if p.gpu not in switched), *_plans(planned.host, gpus.values(), switched))
     for step in (s for p in plans for s in p.changes if s.action == mig.CREATE):
         cutter.carry_out(gpus[step.gpu], step)
     _verify(driver, planned)
+
+
+def _to_come_back(gpu: GpuState, planned: Planned) -> tuple[mig.Instance, ...]:
+    """Of what is missing, all that the plan does not give up."""
+    given_up = [i for plan in planned.plans for i in plan.broken if plan.gpu == gpu.index]
+    return tuple(i for i in gpu.missing if i not in given_up)
 
 
 def _plans(host: Host, gpus: Iterable[GpuState], cuts: Cuts) -> Sequence[mig.Plan]:
@@ -326,7 +333,8 @@ def _describe(ds01: Allocations, driver: nvml.Nvml, changed: Collection[str]) ->
     """The saved layout, nodes and NVIDIA's spec."""
     inventory = driver.inventory()
     gpus = [gpu for gpu in driver.layout(inventory) if gpu.uuid in changed]
-    ds01.saved_layout.write(_noted(ds01.saved_layout.read(), gpus))
+    if gpus:
+        ds01.saved_layout.write(_noted(ds01.saved_layout.read(), gpus))
     if _has_toolkit() and _spec_problem(ds01, inventory):
         toolkit.refresh(ds01.cdi.nvidia_targets())
     return inventory
@@ -430,7 +438,9 @@ class Restored:
     def summary(self) -> str:
         """The restore in a sentence."""
         parts = [f"GPU {p.gpu}: {', '.join(map(str, p.changes))}" for p in self.plans if p.changes]
-        return "; ".join(parts) + "." if parts else "Every saved layout is in place."
+        if parts:
+            return "; ".join(parts) + "."
+        return "Nothing was cut again." if self.problems else "Every saved layout is in place."
 
 
 def foresee_restore(ds01: Allocations) -> Restored:
@@ -446,19 +456,27 @@ def restore(ds01: Allocations, say: Say = _silent) -> Restored:
 
     For a boot, before any container runs: it asks no engine that does not run yet, since its start may wait for
     this. GPU by GPU: one that cannot be cut again keeps no other from it, and is offered to nobody. One that was
-    cut again in this boot already loses nothing by it. Raises Ds01Error where there is no driver, or no lock.
+    cut again in this boot already loses nothing by it. An interruption counts between two GPUs, and is raised once
+    those that are done are settled. Raises Ds01Error where there is no driver, or no lock.
     """
     with nvml.session() as driver, ds01.store.locked():
         ledger, unreadable = _readable(ds01)
         host, plans, problems = _foresee_restore(ds01, driver, ledger, unreadable)
-        saved, done = ds01.saved_layout.read(), []
+        done: list[str] = []
+        interrupted: interruption.Interrupted | None = None
         for uuid, plan in plans.items():
             try:
-                with cutting(driver.library, say) as cutter:
-                    _carry_out(cutter, driver, Planned(host, (plan,), {plan.gpu: saved.gpus[uuid].layout}))
+                _cut_again(driver, host, plan, ds01.saved_layout.read().gpus[uuid].layout, say)
                 done.append(uuid)
             except Ds01Error as exc:
                 problems.append(str(_with_clients(exc, host)))
+            except interruption.Interrupted as exc:  # what was cut again is settled all the same
+                interrupted = exc
+                break
+        if interrupted:
+            problems += [
+                f"{interrupted} GPU {plan.gpu} was not cut again." for uuid, plan in plans.items() if uuid not in done
+            ]
         transaction = None if unreadable else Transaction(ds01.store, ledger)
         inventory = host.inventory
         try:
@@ -468,7 +486,14 @@ def restore(ds01: Allocations, say: Say = _silent) -> Restored:
     renamed = transaction is not None and transaction.ledger.generation != ledger.generation
     restored = Restored(tuple(plans[uuid] for uuid in done), inventory, tuple(problems), renamed)
     _record_restore(ds01, restored)
+    if interrupted:
+        raise interrupted
     return restored
+
+
+def _cut_again(driver: nvml.Nvml, host: Host, plan: mig.Plan, layout: mig.Placed, say: Say) -> None:
+    with cutting(driver.library, say) as cutter:
+        _carry_out(cutter, driver, Planned(host, (plan,), {plan.gpu: layout}))
 
 
 def _readable(ds01: Allocations) -> tuple[Ledger, list[str]]:
@@ -487,10 +512,10 @@ def _foresee_restore(
     """The host, the plan of each saved GPU by its UUID, and what cannot be restored."""
     host = partitions.host(ds01, driver, ledger, _look(ds01, driver, ledger))
     host = replace(host, gpus=geometry.completed(host.gpus))
-    there = {gpu.uuid: gpu for gpu in host.gpus}
+    there = {gpu.uuid: replace(gpu, missing=()) for gpu in host.gpus}  # what is missing comes back by it
     plans: dict[str, mig.Plan] = {}
     problems = [*unreadable]
-    for uuid, saved in ds01.saved_layout.read().gpus.items():
+    for uuid, saved in _saved(ds01, problems).gpus.items():
         if uuid not in there:
             problems.append(f"{uuid} is not there: it was removed, or the driver lost it.")
             continue
@@ -504,6 +529,15 @@ def _foresee_restore(
         else:
             plans[uuid] = answer
     return host, plans, problems
+
+
+def _saved(ds01: Allocations, problems: list[str]) -> SavedLayout:
+    """The saved layouts. Where they cannot be read there are none, and GPUs that are whole still have users."""
+    try:
+        return ds01.saved_layout.read()
+    except Ds01Error as exc:
+        problems.append(str(exc))
+        return SavedLayout()
 
 
 def _look(ds01: Allocations, driver: nvml.Nvml, ledger: Ledger) -> Observation:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .mig import GpuState, Placed
 
 _T = TypeVar("_T")
+
+_NOT_RESTORED = "it was not cut again since this host started; ds01 restore does that"
 
 _ROOM = 64 * 1024
 """Bytes: more than sixteen GPUs of seven instances take, with their ledger."""
@@ -61,9 +63,14 @@ class SavedLayoutStore:
         """What was saved; nothing where there is no file. Raises Ds01Error `ledger_unavailable`."""
         return self._read(_from_json)
 
-    def outdated(self, boot_id: str) -> frozenset[str]:
-        """The UUIDs of the GPUs that were not yet cut again in this boot. Raises as `read` does."""
-        return self._read(lambda document: _outdated(document, boot_id))
+    def doubtful(self, gpus: Iterable[str], boot_id: str) -> dict[str, str]:
+        """Of these GPUs, by UUID, those that may not be cut as they should be, and why: what was not cut again
+        in this boot; all of them where the file cannot be read."""
+        try:
+            waiting = self._read(lambda document: _waiting(document, boot_id))
+        except Ds01Error as exc:
+            return dict.fromkeys(gpus, exc.message.rstrip("."))
+        return {uuid: _NOT_RESTORED for uuid in gpus if uuid in waiting}
 
     def _read(self, parse: Callable[[Mapping[str, Any]], _T]) -> _T:
         try:
@@ -111,7 +118,7 @@ def _to_json(saved: SavedLayout) -> bytes:
     return ('{"version": 1,\n "gpus": {\n' + ",\n".join(lines) + "\n }}\n").encode()
 
 
-def _outdated(document: Mapping[str, Any], boot_id: str) -> frozenset[str]:
+def _waiting(document: Mapping[str, Any], boot_id: str) -> frozenset[str]:
     return frozenset(uuid for uuid, gpu in document["gpus"].items() if gpu["boot_id"] != boot_id)
 
 
