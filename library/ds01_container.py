@@ -313,7 +313,8 @@ from datetime import timedelta
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.ds01.allocations import Allocations
 from ansible.module_utils.ds01.container_spec import ContainerRequest, check_keep
-from ansible.module_utils.ds01.containers import DEFAULT_STOP_TIMEOUT, RECREATE, STATES, Containers, Report, Wish
+from ansible.module_utils.ds01.container_steps import DEFAULT_STOP_TIMEOUT, RECREATE, STATES, Report, Wish
+from ansible.module_utils.ds01.containers import Containers
 from ansible.module_utils.ds01.errors import Ds01Error, invalid_input
 from ansible.module_utils.ds01_module import fail, finish, items, this_server
 

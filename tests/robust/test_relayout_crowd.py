@@ -26,8 +26,10 @@ CUTS = [
     "",
 ]
 
+Task = Callable[[random.Random], None]
 
-def in_children(tasks: list[Callable[[random.Random], None]], folder: Path) -> list[int]:
+
+def in_children(tasks: list[Task], folder: Path) -> list[int]:
     """Each of these in a process of its own; what goes wrong in one is in its file."""
     pids = []
     for number, task in enumerate(tasks):
@@ -42,6 +44,22 @@ def in_children(tasks: list[Callable[[random.Random], None]], folder: Path) -> l
             os._exit(code)
         pids.append(pid)
     return pids
+
+
+def crowd(tasks: list[Task], victim: Task, killed: int, end: float, folder: Path) -> None:
+    """All of these at once; until the `end` so many more that are killed again and again. What goes wrong is said."""
+    pids = in_children(tasks, folder)
+    victims, chance = 0, random.Random(7)  # noqa: S311 - the same at every run
+    while killed and time.monotonic() < end:
+        begun = in_children([lambda _: victim(random.Random(victims))] * killed, folder)  # noqa: B023, S311
+        time.sleep(chance.uniform(0.05, 0.6))
+        for pid in begun:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        victims += killed
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    assert codes == [0] * len(pids), "\n".join(file.read_text(encoding="utf-8") for file in folder.iterdir())
+    print(f"{victims} killed")
 
 
 def user(server: Server, name: str, end: float, chance: random.Random) -> None:
@@ -74,21 +92,11 @@ def admin(server: Server, end: float, chance: random.Random) -> None:
 def test_requests_beside_changes(killed: int, start: Start, tmp_path_factory: pytest.TempPathFactory) -> None:  # noqa: F811
     server = start("2xA100-SXM4-80GB", g0=CUTS[0], g1=CUTS[1])
     said, end = tmp_path_factory.mktemp("said"), time.monotonic() + SECONDS
-    tasks: list[Callable[[random.Random], None]] = [
+    tasks: list[Task] = [
         *(lambda chance, n=n: user(server, f"user{n}", end, chance) for n in range(USERS)),
         *(lambda chance: admin(server, end, chance) for _ in range(ADMINS - killed)),
     ]
-    pids = in_children(tasks, said)
-    victims, chance = 0, random.Random(7)  # noqa: S311 - the same at every run
-    while killed and time.monotonic() < end:
-        [pid] = in_children([lambda _: admin(server, end, random.Random(victims))], said)  # noqa: B023, S311
-        time.sleep(chance.uniform(0.05, 0.6))
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        victims += 1
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    assert codes == [0] * len(pids), "\n".join(file.read_text(encoding="utf-8") for file in said.iterdir())
+    crowd(tasks, lambda chance: admin(server, end, chance), killed, end, said)
     server.check_nothing_false()
     server.apply(g0=CUTS[5], g1=CUTS[2])  # completes what a killed one left
     server.check_all_done()
-    print(f"{victims} killed")

@@ -529,8 +529,9 @@ class Machine(RuleBasedStateMachine):
         files = sorted(self.world.cdi.glob("ds01-*.json"))
         if files and how != "nothing":
             self._tamper(data.draw(st.sampled_from(files)), how)
-        foreseen = None if self.model.lost else self._service().foresee_settle()
-        settled = self._service().settle()
+        with self.world.session() as driver:
+            foreseen = None if self.model.lost else self._service().foresee_settle(driver)
+            settled = self._service().settle(driver)
         if foreseen is not None:
             assert [o.result() for o in foreseen.outcomes] == [o.result() for o in settled.outcomes]
             assert list(foreseen.mended) == list(settled.mended)
@@ -542,7 +543,8 @@ class Machine(RuleBasedStateMachine):
             if set(slots) <= there and self.world.spec_holds(slots):
                 assert projected(self.world.cdi, name) == tuple(d.uuid for d in holding.devices)
         before = self._files()
-        again = self._service().settle()
+        with self.world.session() as driver:
+            again = self._service().settle(driver)
         assert (list(again.outcomes), list(again.mended)) == ([], [])
         assert self._files() == before
 

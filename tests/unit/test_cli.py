@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from datetime import timedelta
 from typing import NoReturn
 
 import pytest
-from ds01 import terminal
+from ds01 import arguments, cli, overview, terminal
 from ds01.allocations import Allocations
 from ds01.cli import main
 from ds01.errors import Ds01Error
@@ -329,3 +330,17 @@ def test_an_unknown_project_is_refused_and_nothing_is_written(
     assert code == 1
     assert "not_allocated" in err
     assert not limits.ledger.exists()
+
+
+def typed(parser: argparse.ArgumentParser) -> list[str]:
+    """All commands that a parser takes, those of groups with the group before them."""
+    found = []
+    for group in (action for action in parser._actions if isinstance(action, argparse._SubParsersAction)):
+        for name, below in group.choices.items():
+            found += [f"{name} {command}" for command in typed(below)] or [name]
+    return found
+
+
+def test_whatever_can_be_typed_can_be_carried_out() -> None:
+    assert sorted(typed(arguments.parser())) == sorted(cli._VERBS)
+    assert overview.QUERIES.keys() == terminal.QUERIES.keys()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from ds01.container_spec import ContainerRequest
-from ds01.containers import Wish, steps
+from ds01.container_steps import Wish, steps
 from ds01.errors import Ds01Error
 from ds01.names import ContainerName
 

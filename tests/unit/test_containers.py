@@ -15,7 +15,8 @@ import pytest
 from ds01 import accounts, engine, names, workspace
 from ds01.allocations import Allocations
 from ds01.container_spec import ContainerRequest
-from ds01.containers import Containers, Report, Wish
+from ds01.container_steps import Report, Wish
+from ds01.containers import Containers
 from ds01.engine import Container, Image, Listing
 from ds01.errors import Ds01Error
 from ds01.model import Ledger, Process, Request, Ticket, Waiter

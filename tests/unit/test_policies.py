@@ -194,7 +194,13 @@ def test_a_word_of_warning_says_what_happens_when_and_what_helps() -> None:
     assert "will be stopped at 2025-11-21 11:01 UTC" in before
     assert w.minutes(10).last.notice == before  # the file is written once
     w.minutes(5)
-    assert w.told[-1][1].details == {"policy": IDLE, "measured": "30m", "limit": "30m", "stop_timeout": 60}
+    assert w.told[-1][1].details == {
+        "policy": IDLE,
+        "measured": "30m",
+        "limit": "30m",
+        "stop_timeout": 60,
+        "container_id": CONTAINER.id,
+    }
     assert "p._.alice is stopped: its GPU has not been used for 30m" in w.last.notice
     after = w.last.notice
     assert w.minutes(60).last.notice == after  # until it starts again

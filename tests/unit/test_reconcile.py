@@ -6,18 +6,21 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from ds01 import exclusion, memory, processes, reconcile, systemd_slices, usage
+from ds01 import enforcing, exclusion, memory, nvml, processes, reconcile, systemd_slices, usage
+from ds01.allocations import Allocations
+from ds01.drift import Action
 from ds01.errors import Ds01Error
 from ds01.occupancy import Program
 from ds01.reconcile import Reconciled
 from support import Host
 from test_allocations_cases import Stage, damage, lose
-from world import FOREIGN_PID, Box, projected
+from world import FOREIGN_PID, Box, Client, projected
 
 MINUTE, HOUR = timedelta(minutes=1), timedelta(hours=1)
 HALF_A_DAY = 12 * HOUR + timedelta(seconds=1)
@@ -301,6 +304,94 @@ def test_a_container_that_somebody_starts_just_then_is_not_removed(
     assert [problem["reason"] for problem in found.problems] == ["engine_error"]
     assert "q._.bob" in server.world.boxes
     box.status = "exited"
+
+
+def test_one_that_is_made_anew_just_then_stays_with_what_is_its_own(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.passes(HALF_A_DAY)
+    overdue, box = reconcile._overdue, server.world.boxes["q._.bob"]
+
+    def and_then(*args: Any) -> Any:
+        found = overdue(*args)
+        box.id = "id-of-the-new-one"
+        server.world.note_devices(box, ())
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reconcile, "_overdue", and_then)
+        assert "container.removed q._.bob" not in said(reconcile.reconcile(server.ds01))
+    assert "q._.bob" in server.world.boxes
+    assert (server.world.metadata / "q._.bob.json").exists()
+
+
+def test_one_that_was_never_started_is_looked_at_once_more(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ran and stopped since the first look, which took a while."""
+    never_started(server)
+    box = server.world.boxes["r._.carol"]
+    settle = Allocations.settle
+
+    def and_then(*args: Any) -> Any:
+        found = settle(*args)
+        server.world.stop(box)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Allocations, "settle", and_then)
+        reconcile.reconcile(server.ds01)
+    assert "r._.carol" in server.world.boxes
+
+
+def test_whoever_has_the_name_of_one_whose_time_is_over_goes_on(server: Server) -> None:
+    details = {"policy": "max_runtime", "stop_timeout": 5, "container_id": "id-of-the-one-before"}
+    stop = Action("policy.stopped", "p._.alice", "p._.alice is stopped.", "alice", details)
+    assert not enforcing.carry_out(server.ds01, stop)
+    assert server.world.boxes["p._.alice"].runs
+    assert server.told("policy.stopped") == []
+
+
+# --- how often it looks
+
+
+@pytest.fixture
+def looks(server: Server, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often the engine was asked for its containers, and NVML was opened, while metrics are published as well."""
+    counted: Counter[str] = Counter()
+
+    def counts(what: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def asked(*args: Any, **named: Any) -> Any:
+            counted[what] += 1
+            return real(*args, **named)
+
+        return asked
+
+    server.limits(metrics={"textfile_directory": str(server.host.root / "textfiles")})
+    monkeypatch.setattr(Client, "containers", counts("listings", Client.containers))
+    monkeypatch.setattr(nvml, "session", counts("sessions", nvml.session))
+    return counted
+
+
+def test_a_converged_run_lists_the_containers_once_and_opens_nvml_once(server: Server, looks: Counter[str]) -> None:
+    reconcile.reconcile(server.ds01)
+    looks.clear()
+    found = reconcile.reconcile(server.ds01)
+    assert (found.actions, found.problems) == ((), ())
+    assert looks == {"listings": 1, "sessions": 1}
+    looks.clear()
+    reconcile.foresee(server.ds01)
+    assert looks == {"listings": 1, "sessions": 1}
+
+
+def test_after_a_change_it_looks_again(server: Server, looks: Counter[str]) -> None:
+    """What is written of the containers is what is there at the end."""
+    server.passes(HALF_A_DAY)
+    looks.clear()
+    assert "container.removed q._.bob" in said(reconcile.reconcile(server.ds01))
+    assert looks["listings"] > 1
+    assert looks["sessions"] == 2
+    text = (server.host.root / "textfiles" / "ds01.prom").read_text(encoding="utf-8")
+    counted = [line for line in text.splitlines() if line.startswith("ds01_user_containers{")]
+    assert ["alice" in line for line in counted] == [True], counted
 
 
 def test_what_belongs_to_one_whose_account_is_gone_is_removed_too(server: Server) -> None:

@@ -72,7 +72,7 @@ def test_what_the_kernel_does_not_take_is_said(place: Path, stage: Stage, path: 
     program(path, "")
     (action,) = slices.foresee(stage.ds01.config, {"alice"})
     with pytest.raises(Ds01Error) as caught:
-        slices.carry_out(action, stage.ds01.config, {"alice"})
+        slices.carry_out(stage.ds01, action, {"alice"})
     assert caught.value.reason == "slice_not_changed"
     assert caught.value.message == ("The slice of alice: TasksMax 12 -> 500: systemd took it, but the kernel did not.")
     assert slices.apply(stage.ds01)[1] == [str(caught.value)]
@@ -95,7 +95,7 @@ def test_a_report_is_nothing_to_do(place: Path, stage: Stage) -> None:
     stage.limits(default_group="other", groups={"other": {"aggregate": {"tasks_max": 500, "memory_max": None}}})
     found = slices.foresee(stage.ds01.config, {"alice"})
     assert "slice.moved" in [action.kind for action in found]
-    assert not any(slices.carry_out(a, stage.ds01.config, {"alice"}) for a in found if a.kind == "slice.moved")
+    assert not any(slices.carry_out(stage.ds01, a, {"alice"}) for a in found if a.kind == "slice.moved")
 
 
 def test_the_commands(place: Path, stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,5 +126,5 @@ def test_whom_a_reload_cuts_off(place: Path, stage: Stage, path: Path) -> None:
         f"printf 'Id=docker-{box.id}.scope\\nLoadState=loaded\\nDeviceAllow=char-* m\\n\\n'\n"
         f"printf 'Id=docker-{ours.id}.scope\\nLoadState=loaded\\nDeviceAllow=/dev/char/195:0 rwm\\n'",
     )
-    assert slices.cut_off_by_reload(stage.ds01.engine) == ("theirs",)
+    assert slices.cut_off_by_reload(stage.ds01.engine, stage.ds01.engine.listing()) == ("theirs",)
     assert place.is_dir()

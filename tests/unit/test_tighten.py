@@ -14,7 +14,8 @@ from ansible.module_utils.testing import patch_module_args
 from ds01 import accounts, engine, workspace
 from ds01.allocations import Allocations
 from ds01.container_spec import ContainerRequest
-from ds01.containers import Containers, Wish
+from ds01.container_steps import Wish
+from ds01.containers import Containers
 from ds01.engine import Image
 from ds01.errors import Ds01Error
 from ds01.limits import Limits, as_dict

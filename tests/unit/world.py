@@ -310,6 +310,9 @@ class _Session:
     def capabilities(self, _inventory: Inventory) -> dict[str, int]:
         return {}
 
+    def instances(self, _inventory: Inventory) -> dict[str, int]:
+        return {}
+
     def uses(self, inventory: Inventory) -> dict[str, DeviceUse]:
         """Nobody computes; who is idle is policies' own tests' matter."""
         return {device.uuid: DeviceUse() for device in inventory.devices}

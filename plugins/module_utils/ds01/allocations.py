@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from . import (
     accounts,
+    batch,
     claims,
     config,
     engine,
@@ -32,21 +33,19 @@ from . import (
     rebuild,
     records,
 )
+from .batch import Plan
 from .cdi import Cdi, Rewrite
 from .errors import Ds01Error, invalid_input
 from .ledger import Transaction
-from .model import Allocation, Inventory, Ledger, Refusal, Waiter
+from .model import Allocation, Inventory, Ledger, Refusal
 from .observation import Observation, Observer
 from .paths import Paths
 from .saved_layout import SavedLayoutStore
 from .transitions import Change, Outcome, after, bound, decide, device_problem, hold_end, refused, resolved
 
 if TYPE_CHECKING:
-    from .mig import GpuState, Placed
+    from .mig import GpuState
     from .rebuild import Claim, Rebuilt
-
-_EVENTS = {"granted": "gpu.allocated", "held": "gpu.held", "released": "gpu.released", "expired": "gpu.released"}
-
 
 _ATTEMPTS = 3
 
@@ -86,25 +85,6 @@ class _Sources:
 
     driver: nvml.Nvml | None
     spec: Mapping[str, Any] | None
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A batch decided: what becomes of each change and of what was due anyway, and the ledger after it.
-
-    `rebooted` says that the ledger is of an earlier boot: nothing of it is projected yet. The ledger is
-    without what GPUs have to be cut for first, as `cuts` says, by index.
-    """
-
-    outcomes: Sequence[Outcome]
-    due: Sequence[Outcome]
-    ledger: Ledger
-    spec: Mapping[str, Any] | None
-    now: datetime
-    rebooted: bool
-    cuts: Mapping[int, Placed] = field(default_factory=dict)
-    mended: Sequence[str] = ()
-    """Containers whose CDI device is not what that ledger says."""
 
 
 class Allocations:
@@ -178,26 +158,28 @@ class Allocations:
         problem = self.events.problem
         return [replace(o, warnings=(*o.warnings, problem)) for o in plan.outcomes] if problem else plan.outcomes
 
-    def settle(self) -> Settled:
+    def settle(self, driver: nvml.Nvml) -> Settled:
         """Notice what is over or was seen to have changed, and put right every CDI device that is not what the
         ledger says. Raises Ds01Error where the driver, the engine or the ledger does not answer."""
-        plan, seen = self._persistently((), _everything())
+        plan, seen = self._persistently((), _everything(), driver)
         return Settled(plan.due, plan.mended, plan.ledger, seen)
 
-    def foresee_settle(self) -> Settled:
+    def foresee_settle(self, driver: nvml.Nvml) -> Settled:
         """What `settle` would do now. Writes nothing and takes no lock."""
         with contextlib.ExitStack() as stack:
             scope = _everything()
-            sources, now = self._open(scope, stack), self.store.read()
+            sources, now = self._open(scope, stack, driver), self.store.read()
             seen = self._observe((), scope, now, sources)
             plan = self._plan((), scope, now, seen, sources)
         return Settled(plan.due, plan.mended, plan.ledger, seen)
 
-    def _persistently(self, changes: Sequence[Change], scope: _Scope) -> tuple[_Plan, Observation]:
+    def _persistently(
+        self, changes: Sequence[Change], scope: _Scope, driver: nvml.Nvml | None = None
+    ) -> tuple[Plan, Observation]:
         """Decide and write, anew where the world moved on meanwhile; then the events."""
         for left in reversed(range(_ATTEMPTS)):
             try:
-                plan, seen = self._decide_and_write(changes, scope)
+                plan, seen = self._decide_and_write(changes, scope, driver)
                 break
             except _OutdatedError:
                 if not left:
@@ -205,12 +187,14 @@ class Allocations:
         self._record_events((*plan.due, *plan.outcomes), plan.now)
         return plan, seen
 
-    def _decide_and_write(self, changes: Sequence[Change], scope: _Scope) -> tuple[_Plan, Observation]:
+    def _decide_and_write(
+        self, changes: Sequence[Change], scope: _Scope, driver: nvml.Nvml | None
+    ) -> tuple[Plan, Observation]:
         """One attempt. Raises _OutdatedError, with nothing changed, when the world moved on meanwhile."""
         if not engine.disabled() and self.store.lost():
             self.rebuild()
         with contextlib.ExitStack() as stack:
-            sources = self._open(scope, stack)
+            sources = self._open(scope, stack, driver)
             first = self.store.read()
             seen = self._observe(changes, scope, first, sources)
             transaction = stack.enter_context(self.store.transaction())
@@ -231,12 +215,12 @@ class Allocations:
                 plan = self._with_cuts(changes, transaction, plan, seen, sources)
         return plan, seen
 
-    def _write(self, transaction: Transaction, plan: _Plan, seen: Observation) -> None:
+    def _write(self, transaction: Transaction, plan: Plan, seen: Observation) -> None:
         """The plan's ledger, and the CDI devices that follow from it. Raises as `carry_out` does."""
-        moved = _moved(transaction.ledger, plan.ledger)
+        moved = batch.moved(transaction.ledger, plan.ledger)
         stopped = set(moved) - seen.running
         moved += (c for c in plan.mended if c not in moved)
-        project = (a for a in _to_project(plan, transaction.ledger) if all_there(a, seen.inventory))
+        project = (a for a in batch.to_project(plan, transaction.ledger) if batch.all_there(a, seen.inventory))
         self.carry_out(transaction, plan.ledger, plan.now, moved, project, plan.spec, stopped)
 
     @property
@@ -257,11 +241,11 @@ class Allocations:
         self,
         changes: Sequence[Change],
         transaction: Transaction,
-        plan: _Plan,
+        plan: Plan,
         seen: Observation,
         sources: _Sources,
         spoilt: frozenset[int] = frozenset(),
-    ) -> _Plan:
+    ) -> Plan:
         """The plan once GPUs are cut for it, under the same lock. Where a GPU cannot be cut others are tried,
         but `spoilt`; where none is left, those for whom it was are refused for the reason it could not be.
         What the others were given stays."""
@@ -270,23 +254,23 @@ class Allocations:
         except Ds01Error as exc:
             failure = exc
         numbers = [number for number, outcome in enumerate(plan.outcomes) if outcome.is_uncut]
-        rest, spoilt = [changes[number] for number in numbers], spoilt.union(_spoilt(failure, plan))
+        rest, spoilt = [changes[number] for number in numbers], spoilt.union(batch.spoilt(failure, plan))
         try:
             sources = replace(sources, spec=self.cdi.nvidia_spec())
             scope = _scope_of(rest)
             seen = self._observe(rest, scope, transaction.ledger, sources)
-            again = _refused_for(self._plan(rest, scope, transaction.ledger, seen, sources, spoilt), failure)
+            again = batch.refused_for(self._plan(rest, scope, transaction.ledger, seen, sources, spoilt), failure)
             self._write(transaction, again, seen)
             if again.cuts:
                 again = self._with_cuts(rest, transaction, again, seen, sources, spoilt)
         except Ds01Error as exc:
-            again = replace(plan, outcomes=[_not_cut(plan.outcomes[number], exc) for number in numbers], due=())
+            again = replace(plan, outcomes=[batch.not_cut(plan.outcomes[number], exc) for number in numbers], due=())
         outcomes = list(plan.outcomes)
         for number, outcome in zip(numbers, again.outcomes, strict=True):
             outcomes[number] = outcome
         return replace(again, outcomes=outcomes, due=[*plan.due, *again.due])
 
-    def _cut(self, transaction: Transaction, plan: _Plan, seen: Observation, sources: _Sources) -> _Plan:
+    def _cut(self, transaction: Transaction, plan: Plan, seen: Observation, sources: _Sources) -> Plan:
         """The plan once it is carried out, all of it. Raises Ds01Error."""
         from . import relayout  # a host whose GPUs stay as they are does without
 
@@ -297,7 +281,7 @@ class Allocations:
         self._write(transaction, done, seen)
         return done
 
-    def _bound(self, plan: _Plan, now: Ledger, seen: Observation) -> _Plan:
+    def _bound(self, plan: Plan, now: Ledger, seen: Observation) -> Plan:
         """The plan with the devices that were cut for it. Raises Ds01Error where one is not there."""
         spec = self.cdi.nvidia_spec()
         outcomes = []
@@ -352,7 +336,7 @@ class Allocations:
     def _prepare(self, rewrite: Rewrite, allocations: Iterable[Allocation], spec: Mapping[str, Any] | None) -> None:
         """Their devices, as far as NVIDIA's spec has them. Raises OSError."""
         for allocation in allocations:
-            uuids = _uuids(allocation)
+            uuids = batch.uuids(allocation)
             if spec is not None and self.cdi.problem(uuids, spec) is None:
                 rewrite.project(allocation.container, uuids, spec)
 
@@ -405,7 +389,7 @@ class Allocations:
 
     def reproject(self, transaction: Transaction, final: Ledger, now: datetime, inventory: Inventory) -> None:
         """Write the ledger, and every container's CDI device as it says: none where a device is missing."""
-        there = [a for a in final.allocations.values() if all_there(a, inventory)]
+        there = [a for a in final.allocations.values() if batch.all_there(a, inventory)]
         self.carry_out(
             transaction, final, now, self._wrongly_projected(final.allocations), there, self.cdi.nvidia_spec()
         )
@@ -414,9 +398,9 @@ class Allocations:
         """The containers whose CDI device is not what this ledger and NVIDIA's spec make of it, names a device that
         is gone, or is missing though NVIDIA's spec has all that it needs."""
         should = {
-            a.container: _uuids(a)
+            a.container: batch.uuids(a)
             for a in now.allocations.values()
-            if all_there(a, inventory) and self.cdi.problem(_uuids(a), spec) is None
+            if batch.all_there(a, inventory) and self.cdi.problem(batch.uuids(a), spec) is None
         }
         wrong = {c for c, uuids in should.items() if spec is None or not self.cdi.says(c, uuids, spec)}
         return sorted(wrong | (set(self.cdi.containers()) - should.keys()))
@@ -428,7 +412,7 @@ class Allocations:
     def _wrongly_projected(self, allocations: Mapping[str, Allocation]) -> list[str]:
         """Containers whose CDI device says something else: what it names may be somebody else's next."""
         had = {container: self.cdi.projected(container) for container in self.cdi.containers()}
-        has = {a.container: _uuids(a) for a in allocations.values()}
+        has = {a.container: batch.uuids(a) for a in allocations.values()}
         return [container for container in had if had[container] != has.get(container)]
 
     def foresee_rebuild(self) -> Rebuilt:
@@ -462,7 +446,7 @@ class Allocations:
         if allocation is None:
             return refused(name, Refusal("not_allocated", f"Nothing is allocated to {name.full}.", "See: ds01 status"))
         wanted = gpu.replace(".", ":") if gpu and not gpu.startswith(("GPU-", "MIG-")) else gpu
-        if wanted and wanted not in (allocation.gpu_id, *_uuids(allocation)):
+        if wanted and wanted not in (allocation.gpu_id, *batch.uuids(allocation)):
             message = f"{name.full} has {allocation.gpu_id}, not {wanted}."
             return refused(name, Refusal("not_allocated", message), allocation)
         with nvml.session() as driver:
@@ -474,7 +458,7 @@ class Allocations:
         if projected is None and engine.disabled():
             message = f"{name.full} has {allocation.gpu_id}: present and healthy; there is no engine to project it for."
             return Outcome(name, "granted", message, allocation=allocation, before=allocation)
-        if projected != _uuids(allocation):
+        if projected != batch.uuids(allocation):
             message = f"{name.full} has {allocation.gpu_id}, but no CDI device says so: it would not start."
             hint = f"Mend it with: ds01 allocate --user {name.user} --container {name.project}"
             return refused(name, Refusal("not_allocated", message, hint), allocation)
@@ -504,15 +488,15 @@ class Allocations:
         harmless = self.config.policies.monitoring_containers
         return self._observer.look(now, driver, stopping=stopping, harmless=harmless)
 
-    def _open(self, scope: _Scope, stack: contextlib.ExitStack) -> _Sources:
+    def _open(self, scope: _Scope, stack: contextlib.ExitStack, driver: nvml.Nvml | None = None) -> _Sources:
         """What is slow and does not depend on the ledger, done before its lock is taken: imports, the
-        limits file, the engine's connection, the driver's session, NVIDIA's CDI spec."""
+        limits file, the engine's connection, the driver's session where none is open yet, NVIDIA's CDI spec."""
         _ = self.config
         if scope.engine:
             _ = self.engine
         if not scope.driver:
             return _Sources(None, None)
-        return _Sources(stack.enter_context(nvml.session()), self.cdi.nvidia_spec())
+        return _Sources(driver or stack.enter_context(nvml.session()), self.cdi.nvidia_spec())
 
     def _observe(self, changes: Sequence[Change], scope: _Scope, now: Ledger, sources: _Sources) -> Observation:
         if not scope.engine:
@@ -527,11 +511,11 @@ class Allocations:
         seen: Observation,
         sources: _Sources,
         spoilt: frozenset[int] = frozenset(),
-    ) -> _Plan:
+    ) -> Plan:
         """The decisions; where the limits file says so, with GPUs, but `spoilt`, cut for requests that nothing
         else serves."""
         plan = self._decided(changes, scope, before, seen, sources)
-        if not (self._cuts_on_demand and sources.driver and _may_need_cuts(plan, before)):
+        if not (self._cuts_on_demand and sources.driver and batch.may_need_cuts(plan, before)):
             return plan
         from . import on_demand  # a host whose GPUs stay as they are does without
 
@@ -547,7 +531,7 @@ class Allocations:
         seen: Observation,
         sources: _Sources,
         cuttable: Sequence[GpuState] = (),
-    ) -> _Plan:
+    ) -> Plan:
         """Fold the decisions over the ledger, each device of it named as it is called now."""
         time, boot = self.clock(), processes.boot_id()
         now = resolved(before, seen.inventory)
@@ -563,23 +547,23 @@ class Allocations:
             others = other_containers(change.name, seen.containers, situation.ledger)
             outcome = decide(seen.completed(change), self.config, replace(situation, containers=others))
             outcome = self._projectable(outcome, sources.spec)
-            situation = _followed(situation, outcome)
+            situation = batch.followed(situation, outcome)
             outcomes.append(outcome)
-        final = _without_uncut(situation.ledger, waiting, outcomes)
+        final = batch.without_uncut(situation.ledger, waiting, outcomes)
         # Only what was looked up in this boot may be projected in it.
         rebooted = bool(sources.driver and before.allocations) and before.boot_id != boot
         same = (final.allocations, final.queue) == (before.allocations, waiting)
         if same and not rebooted and not any(o.ticket for o in outcomes):
             final = before  # that somebody else is gone is no reason to write
-        if rebooted or (sources.driver and _differs(final, before)):
+        if rebooted or (sources.driver and batch.differs(final, before)):
             final = replace(final, boot_id=boot)
-        if _differs(final, before):
+        if batch.differs(final, before):
             final = replace(final, engine_id=seen.engine_id or before.engine_id)
         cuts = {index: layout for outcome in outcomes for index, layout in outcome.cuts.items()}
-        moved = _moved(before, final)
+        moved = batch.moved(before, final)
         mended = self.misprojected(final, seen.inventory, sources.spec) if scope.mend else []
         mended = [container for container in mended if container not in moved]
-        return _Plan(outcomes, due, final, sources.spec, time, rebooted, cuts, mended)
+        return Plan(outcomes, due, final, sources.spec, time, rebooted, cuts, mended)
 
     def overdue(self, now: Ledger, seen: Observation) -> list[Outcome]:
         """What is over or was seen to have changed, and whoever asks for a device finds before anything else."""
@@ -588,7 +572,7 @@ class Allocations:
     def give_back(self, transaction: Transaction, over: Sequence[Outcome], running: Collection[str]) -> None:
         """Write that these allocations are over, with the events. Raises as `carry_out` does."""
         final, now = functools.reduce(after, over, transaction.ledger), self.clock()
-        moved = _moved(transaction.ledger, final)
+        moved = batch.moved(transaction.ledger, final)
         self.carry_out(transaction, final, now, moved, stopped=set(moved).difference(running))
         self._record_events(over, now)
 
@@ -599,11 +583,11 @@ class Allocations:
 
     def _projectable(self, outcome: Outcome, spec: Mapping[str, Any] | None) -> Outcome:
         """A grant that NVIDIA's CDI spec cannot carry would never start: refuse it instead."""
-        if not _granting(outcome) or outcome.allocation is None or outcome.is_uncut:
+        if not batch.granting(outcome) or outcome.allocation is None or outcome.is_uncut:
             return outcome
         if spec is None and engine.disabled():
             return replace(outcome, warnings=("No NVIDIA CDI spec on this host: no CDI device was written.",))
-        problem = self.cdi.problem(_uuids(outcome.allocation), spec)
+        problem = self.cdi.problem(batch.uuids(outcome.allocation), spec)
         if problem is None:
             return outcome
         hint = "Write it anew with: nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"
@@ -612,7 +596,7 @@ class Allocations:
 
     def _record_events(self, outcomes: Iterable[Outcome], now: datetime) -> None:
         for outcome in outcomes:
-            for event, allocation, reason, message in _events(outcome):
+            for event, allocation, reason, message in batch.events(outcome):
                 self.events.write(
                     event,
                     now,
@@ -622,81 +606,6 @@ class Allocations:
                     reason=reason,
                     message=message,
                 )
-
-
-def _events(outcome: Outcome) -> Iterator[tuple[str, Allocation | None, str, str]]:
-    """What the audit log says of an outcome: the event, the allocation it is about, why, a sentence."""
-    for hold in outcome.given_up:
-        by = f"{outcome.name.full} of {outcome.name.user}"
-        yield "gpu.reclaimed", hold, "reclaimed", f"{hold.gpu_id}, held for {hold.container}, was taken over for {by}."
-    event = _EVENTS.get(outcome.reason) if outcome.changed else None
-    if event == "gpu.allocated" and outcome.before:
-        event = "gpu.rebound"
-    if outcome.waiter:
-        event = "gpu.queued" if outcome.joined else None
-    elif not outcome.ok:
-        event = "gpu.refused"
-    if event:
-        yield event, outcome.allocation or outcome.before, outcome.reason, outcome.message
-
-
-def _moved(before: Ledger, after_: Ledger) -> list[str]:
-    """Containers whose devices are others than before, or none any more; another name is no other device."""
-    had, has = ({name: _uuids(a) for name, a in now.allocations.items()} for now in (before, after_))
-    return sorted(name for name in had if has.get(name) != had[name])
-
-
-def _may_need_cuts(plan: _Plan, before: Ledger) -> bool:
-    """Whether it could be otherwise on a host that cuts GPUs on demand. Those who wait may wait for a cut."""
-    reasons = (*placement.NONE_FREE, "profile_not_available")
-    unserved = any(o.given_up or (not o.ok and o.reason in reasons) for o in plan.outcomes)
-    return unserved or bool(before.queue)
-
-
-def _without_uncut(now: Ledger, queue: Sequence[Waiter], outcomes: Sequence[Outcome]) -> Ledger:
-    """The ledger as long as nothing is cut: whoever had waited in the `queue` before waits in his place."""
-    before: dict[str, Allocation | None] = {}
-    for outcome in outcomes:
-        if outcome.is_uncut:
-            before.setdefault(outcome.name.full, outcome.before)
-    for container, allocation in before.items():
-        now = now.with_allocation(allocation) if allocation else now.without(container)
-    stays = tuple(w for w in queue if w in now.queue or w.request.container in before)
-    return replace(now, queue=(*stays, *(w for w in now.queue if w not in queue))) if before else now
-
-
-def _spoilt(failure: Ds01Error, plan: _Plan) -> Collection[int]:
-    """The GPU that could not be cut; where it is not known, all that were to be."""
-    gpu = failure.details.get("gpu")
-    return [gpu] if isinstance(gpu, int) else plan.cuts
-
-
-def _refused_for(plan: _Plan, failure: Ds01Error) -> _Plan:
-    """The plan in which nobody waits for a GPU that cannot be cut: who is not served is refused for that."""
-    outcomes = [o if o.ok else _not_cut(o, failure) for o in plan.outcomes]
-    lost = {o.name.full for o in outcomes if not o.ok}
-    queue = tuple(w for w in plan.ledger.queue if w.request.container not in lost)
-    return replace(plan, outcomes=outcomes, ledger=replace(plan.ledger, queue=queue))
-
-
-def _not_cut(outcome: Outcome, exc: Ds01Error) -> Outcome:
-    """The refusal of a request for which no GPU could be cut."""
-    message = f"No device could be cut for {outcome.name.full}: {exc.message}"
-    return refused(outcome.name, Refusal(exc.reason, message, exc.hint), outcome.before)
-
-
-def _followed(situation: placement.Situation, outcome: Outcome) -> placement.Situation:
-    """The situation once the outcome is carried out."""
-    if outcome.cuts:
-        from . import on_demand
-
-        situation = on_demand.imagined(situation, outcome.cuts)
-    now = after(situation.ledger, outcome)
-    return situation if now is situation.ledger else replace(situation, ledger=now, queue=now.queue)
-
-
-def _differs(one: Ledger, other: Ledger) -> bool:
-    return (one.allocations, one.queue) != (other.allocations, other.queue)
 
 
 def _allocating(changes: Sequence[Change]) -> bool:
@@ -717,43 +626,11 @@ def _needs_engine(changes: Sequence[Change]) -> bool:
     return not engine.disabled() and any(change.state != "active" for change in changes)
 
 
-def _cut_since(plan: _Plan, seen: Observation, driver: nvml.Nvml) -> bool:
+def _cut_since(plan: Plan, seen: Observation, driver: nvml.Nvml) -> bool:
     """Whether GPUs were cut since they were looked at: of devices that nobody had no ledger tells."""
     if plan.cuts:
         return [d.uuid for d in driver.inventory().devices] != [d.uuid for d in seen.inventory.devices]
-    return not driver.has(_granted(plan))
-
-
-def _granted(plan: _Plan) -> list[str]:
-    """The UUIDs of the devices that somebody gets by this."""
-    granted = [
-        o.allocation for o in plan.outcomes if o.ok and o.reason == "granted" and not o.is_uncut and o.allocation
-    ]
-    return [device.uuid for allocation in granted for device in allocation.devices]
-
-
-def _granting(outcome: Outcome) -> bool:
-    """Grants, and those asked for again: that mends a CDI file that somebody removed."""
-    return outcome.ok and outcome.reason in ("granted", "already_allocated")
-
-
-def _to_project(plan: _Plan, before: Ledger) -> Iterator[Allocation]:
-    """Whose CDI devices are to be written: moved, renamed and asked for; after a reboot everybody's."""
-    asked = {o.name.full for o in plan.outcomes if _granting(o)}
-    for name, allocation in plan.ledger.allocations.items():
-        known = before.allocations.get(name)
-        if plan.rebooted or name in asked or name in plan.mended or (known and known.devices != allocation.devices):
-            yield allocation
-
-
-def _uuids(allocation: Allocation) -> tuple[str, ...]:
-    """What a CDI device is written from."""
-    return tuple(device.uuid for device in allocation.devices)
-
-
-def all_there(allocation: Allocation, inventory: Inventory) -> bool:
-    """Whether this host has its devices: NVIDIA's spec may be older than a layout, or than a boot."""
-    return all(inventory.find(device) for device in allocation.devices)
+    return not driver.has(batch.granted(plan))
 
 
 def _needs_driver(changes: Sequence[Change]) -> bool:

@@ -13,11 +13,10 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from . import accounts, config, interruption, names, nvml, overview, terminal, units, waiting, watchdog
+from . import accounts, arguments, config, interruption, names, nvml, overview, terminal, waiting, watchdog
 from .allocations import Allocations
 from .errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_REFUSED, EXIT_UNAVAILABLE, Ds01Error, exit_code, invalid_input
 from .limits import as_dict, resolve_all
@@ -25,8 +24,6 @@ from .lint import lint, lint_layouts
 from .model import Inventory
 from .paths import Paths
 from .transitions import Change, Outcome, describe
-
-_CONTAINER_HELP = "the project (my-project) or the full name (my-project._.alice)"
 
 
 def _cmd_limits(args: argparse.Namespace, ds01: Allocations) -> int:
@@ -83,51 +80,12 @@ def _cmd_status(args: argparse.Namespace, ds01: Allocations) -> int:
     return EXIT_OK
 
 
-# What `ds01 query` can be asked for, and the columns that people see.
-_QUERIES: Mapping[str, tuple[Callable[[Allocations], Sequence[Mapping[str, Any]]], Mapping[str, str]]] = {
-    "containers": (
-        overview.containers,
-        {"name": "Container", "user": "User", "status": "Status", "gpu_id": "GPU", "image": "Image"},
-    ),
-    "gpus": (
-        overview.gpus,
-        {
-            "index": "GPU",
-            "name": "Name",
-            "mig": "MIG",
-            "health": "Health",
-            "utilization": "Use %",
-            "allocated": "Allocated",
-            "devices": "of",
-        },
-    ),
-    "queue": (
-        overview.queue,
-        terminal.QUEUE,
-    ),
-    "users": (
-        overview.users,
-        {
-            "user": "User",
-            "group": "Group",
-            "devices": "Devices",
-            "max_gpus": "of",
-            "held": "Held",
-            "gpu_equivalents": "GPU-equivalents",
-            "containers": "Containers",
-            "max_containers": "of ",
-        },
-    ),
-}
-
-
 def _cmd_query(args: argparse.Namespace, ds01: Allocations) -> int:
-    ask, columns = _QUERIES[args.what]
-    rows = ask(ds01)
+    rows = overview.QUERIES[args.what](ds01)
     if args.json:
         _print_json(rows)
     else:
-        print(terminal.table(rows, columns))
+        print(terminal.table(rows, terminal.QUERIES[args.what]))
     return EXIT_OK
 
 
@@ -369,251 +327,41 @@ def _fail(exc: Ds01Error, as_json: bool) -> None:
     _complain(exc.reason, str(exc))
 
 
-def _duration(text: str) -> timedelta:
-    try:
-        return units.parse_duration(text)
-    except ValueError as exc:
-        raise argparse.ArgumentTypeError(str(exc)) from None
+# How each command of arguments.py is carried out.
+_VERBS: Mapping[str, Callable[[argparse.Namespace, Allocations], int]] = {
+    "limits": _cmd_limits,
+    "allocate": _cmd_allocate,
+    "release": _cmd_move,
+    "mark-stopped": _cmd_move,
+    "clear-stopped": _cmd_move,
+    "validate": _cmd_validate,
+    "status": _cmd_status,
+    "query": _cmd_query,
+    "events": _cmd_events,
+    "metrics": _cmd_metrics,
+    "config check": _cmd_config_check,
+    "rebuild": _cmd_rebuild,
+    "reconcile": _cmd_reconcile,
+    "restore": _cmd_restore,
+    "mig list": _cmd_mig_list,
+    "mig plan": _cmd_mig_plan,
+    "mig apply": _cmd_mig_apply,
+    "slices list": _cmd_slices_list,
+    "slices apply": _cmd_slices_apply,
+    "emergency-stop": _cmd_emergency_stop,
+}
 
 
-def _whole(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
-
-
-def _gpu_layout(text: str) -> tuple[int, list[str]]:
-    """`1=3g.40gb,2g.20gb` as (1, ["3g.40gb", "2g.20gb"])."""
-    index, equals, profiles = text.partition("=")
-    if not equals or not index.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 1=3g.40gb,2g.20gb (1=full: MIG off)")
-    return int(index), [part.strip() for part in profiles.split(",") if part.strip()]
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ds01", description="Shares this server's GPUs.", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str, run: Callable[..., int], summary: str, example: str, into: Any = commands) -> Any:
-        command = into.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.add_argument("--json", action="store_true", help="print JSON")
-        command.set_defaults(run=run)
-        return command
-
-    def add_container(command: Any) -> None:
-        command.add_argument("--container", required=True, metavar="NAME", help=_CONTAINER_HELP)
-        command.add_argument("--user", help="the owner; may be left out with a full or unmistakable name")
-
-    limits = add("limits", _cmd_limits, "Show what a user may have.", "ds01 limits alice --docker-args")
-    limits.add_argument("user")
-    limits.add_argument("--docker-args", action="store_true", help="as docker create flags")
-    for name in terminal.SINGLE_LIMITS:
-        limits.add_argument(f"--{name}", action="store_true", help="this value alone")
-
-    allocate = add(
-        "allocate",
-        _cmd_allocate,
-        "Give a container its devices, all or none.",
-        "ds01 allocate --user alice --container my-project --profile 2g.20gb",
-    )
-    allocate.add_argument("--user", required=True)
-    allocate.add_argument("--container", required=True, metavar="NAME", help=_CONTAINER_HELP)
-    allocate.add_argument("--gpus", type=_whole, default=1, metavar="N", help="devices (default 1; 0: CPU only)")
-    allocate.add_argument("--profile", help="a MIG profile such as 2g.20gb, or full")
-    allocate.add_argument("--max-gpus", type=_whole, metavar="N", help="lower the user's limit (root: raise it)")
-    allocate.add_argument("--priority", type=_whole, metavar="N", help="lower the user's priority (root: raise it)")
-    allocate.add_argument(
-        "--wait", type=_duration, metavar="TIME", help="wait so long for a device, such as 10m (Ctrl-C stops waiting)"
-    )
-    allocate.add_argument(
-        "--reuse-held", action="store_true", help="give up what your own stopped containers hold, where that helps"
-    )
-    allocate.add_argument("--dry-run", action="store_true", help="only say what would happen")
-
-    for name, state, summary in (
-        ("release", "released", "Take a container's devices back."),
-        ("mark-stopped", "held", "Say that a container stopped: its hold begins."),
-        ("clear-stopped", "active", "Say that a container runs again: its hold ends."),
-    ):
-        command = add(name, _cmd_move, summary, f"ds01 {name} --container my-project --user alice")
-        add_container(command)
-        command.add_argument("--dry-run", action="store_true", help="only say what would happen")
-        command.set_defaults(state=state)
-
-    validate = add(
-        "validate",
-        _cmd_validate,
-        "Check that a container's devices exist, are healthy and are the ones projected.",
-        "ds01 validate --container my-project --user alice --gpu 0:1",
-    )
-    add_container(validate)
-    validate.add_argument("--gpu", metavar="ID", help="the device it should have (0, 0:1 or a UUID)")
-
-    status = add("status", _cmd_status, "Show devices and who has them.", "ds01 status --user alice")
-    status.add_argument("--user")
-
-    _add_upkeep(add)
-
-    _add_emergency_stop(add)
-    _add_slices(commands, add)
-
-    query = add(
-        "query",
-        _cmd_query,
-        "List containers, GPUs, who waits, or users beside their limits.",
-        "ds01 query users --json",
-    )
-    query.add_argument("what", choices=list(_QUERIES))
-
-    log = add("events", _cmd_events, "Show the audit log (--json: its lines).", "ds01 events --follow --user alice")
-    log.add_argument("--lines", type=_whole, default=50, metavar="N", help="the last N events (default 50)")
-    log.add_argument("--follow", action="store_true", help="go on with new ones until interrupted")
-    log.add_argument("--user", help="only this user's")
-    log.add_argument("--container", metavar="NAME", help="only this container's, or this project's")
-
-    _add_mig(commands, add)
-
-    actions = commands.add_parser("config", help="The limits file.", description="The limits file.")
-    check = add(
-        "check",
-        _cmd_config_check,
-        "Check the limits file, on a GPU server also against its devices and users, and the MIG layouts beside it.",
-        "ds01 config check config/resource-limits.yaml",
-        actions.add_subparsers(dest="action", required=True, metavar="ACTION"),
-    )
-    check.add_argument("file", nargs="?", help="default: the one in force")
-    check.add_argument("--strict", action="store_true", help="exit 1 when there is anything to look at")
-    return parser
-
-
-def _add_upkeep(add: Callable[..., Any]) -> None:
-    again = add("rebuild", _cmd_rebuild, "Restore a lost ledger from the containers.", "ds01 rebuild --dry-run")
-    again.add_argument("--dry-run", action="store_true", help="only say what would be restored")
-
-    again = add(
-        "reconcile",
-        _cmd_reconcile,
-        "Bring this server back to its own rules: what is over is taken back, what was tampered with is put right.",
-        "ds01 reconcile --dry-run",
-    )
-    again.add_argument("--dry-run", action="store_true", help="only say what would be done: a report of drift")
-
-    restore = add(
-        "restore",
-        _cmd_restore,
-        "After a reboot: cut the GPUs again as they were, and give containers their devices again (a unit does this).",
-        "ds01 restore --dry-run",
-    )
-    restore.add_argument("--dry-run", action="store_true", help="only say what would be done")
-
-    shown = add(
-        "metrics",
-        _cmd_metrics,
-        "Show what Prometheus is told about this server (each reconcile writes it where the limits file says).",
-        "ds01 metrics --output /var/lib/prometheus/node-exporter",
-    )
-    shown.add_argument("--output", type=Path, metavar="DIR", help="write it there, as ds01.prom")
-
-
-def _add_emergency_stop(add: Callable[..., Any]) -> None:
-    halt = add(
-        "emergency-stop",
-        _cmd_emergency_stop,
-        "End containers at once, and free their devices and those that stopped ones hold. Files are kept.",
-        "ds01 emergency-stop --user alice",
-    )
-    whom = halt.add_mutually_exclusive_group(required=True)
-    whom.add_argument("--user", help="this user's")
-    whom.add_argument("--gpu", metavar="ID", help="those on a GPU or a MIG device (0, 0:1 or a UUID)")
-    whom.add_argument("--all", action="store_true", help="all of DS01's")
-    halt.add_argument(
-        "--timeout", type=_whole, default=5, metavar="S", help="seconds until what does not end is killed (default 5)"
-    )
-    halt.add_argument("--dry-run", action="store_true", help="only say what would be stopped")
-
-
-def _add_slices(commands: Any, add: Callable[..., Any]) -> None:
-    limiting = commands.add_parser("slices", help="The users' slices.", description="The users' slices.")
-    slices = limiting.add_subparsers(dest="action", required=True, metavar="ACTION")
-    add(
-        "list",
-        _cmd_slices_list,
-        "Show the limits in force, what is due, and which containers a daemon-reload would cut off from their GPUs.",
-        "ds01 slices list",
-        slices,
-    )
-    add(
-        "apply",
-        _cmd_slices_apply,
-        "Make the slices that exist as the limits file says, while containers run in them; remove those of nobody.",
-        "ds01 slices apply",
-        slices,
-    )
-
-
-def _add_mig(commands: Any, add: Callable[..., Any]) -> None:
-    cutting = commands.add_parser("mig", help="How the GPUs are cut.", description="How the GPUs are cut.")
-    mig = cutting.add_subparsers(dest="action", required=True, metavar="ACTION")
-    add("list", _cmd_mig_list, "Show how each GPU is cut, who has what, and what still fits.", "ds01 mig list", mig)
-    plan = add(
-        "plan",
-        _cmd_mig_plan,
-        "Show what it takes to cut the GPUs as wanted. Changes nothing.",
-        "ds01 mig plan --gpu 1=3g.40gb,2g.20gb,1g.10gb",
-        mig,
-    )
-    _add_wanted_layout(plan)
-    cut = add(
-        "apply",
-        _cmd_mig_apply,
-        "Cut the GPUs as wanted: just what ds01 mig plan shows, all of it or nothing.",
-        "ds01 mig apply --layout all-balanced",
-        mig,
-    )
-    _add_wanted_layout(cut)
-    cut.add_argument("--dry-run", action="store_true", help="as ds01 mig plan")
-
-
-def _add_wanted_layout(command: Any) -> None:
-    wanted = command.add_mutually_exclusive_group()
-    wanted.add_argument(
-        "--layout",
-        metavar="NAME",
-        help="a layout of the layouts file (neither this nor --gpu: the limits file's"
-        " enable_mig and mig_profile, as many as fit)",
-    )
-    wanted.add_argument(
-        "--gpu",
-        type=_gpu_layout,
-        action="append",
-        metavar="N=PROFILES",
-        help="a GPU and its profiles (1=: MIG without instances, 1=full: MIG off)",
-    )
-    command.add_argument(
-        "--layouts",
-        type=Path,
-        metavar="FILE",
-        help="the file that --layout is in (default: mig-layouts.yaml beside the limits file)",
-    )
-    command.add_argument(
-        "--force", action="append", default=[], metavar="CONTAINER", help="full name of one whose devices it may break"
-    )
+def _verb(args: argparse.Namespace) -> Callable[[argparse.Namespace, Allocations], int]:
+    return _VERBS[f"{args.command} {args.action}" if "action" in args else args.command]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    args = _parser().parse_args(argv)
+    args = arguments.parser().parse_args(argv)
     watchdog.tell(functools.partial(_fail, as_json=args.json))
     try:
-        code = args.run(args, Allocations(Paths.from_env()))
+        code = _verb(args)(args, Allocations(Paths.from_env()))
         sys.stdout.flush()
         return code
     except Ds01Error as exc:

@@ -1,8 +1,8 @@
 """The container verbs: present, started, stopped, restarted, absent, each all or nothing.
 
-A wish and what the engine shows become a list of steps (pure); each step does one thing and says
-how to undo it, so that a failure halfway leaves nothing behind. A GPU container asks for its own
-CDI device and never knows which GPU that is.
+A wish and what the engine shows become a list of steps (container_steps); each step does one thing
+and says how to undo it, so that a failure halfway leaves nothing behind. A GPU container asks for its
+own CDI device and never knows which GPU that is.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import timedelta
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from . import (
     accounts,
     confinement,
     container_spec,
+    container_steps,
     engine,
     exclusion,
     files,
@@ -32,130 +31,17 @@ from . import (
 )
 from .allocations import Allocations, other_containers
 from .container_spec import ContainerRequest, ImageFiles
+from .container_steps import Plan, Report, Wish
 from .errors import Ds01Error
 from .limits import Limits
 from .model import Device
 from .tighten import tightened
 from .transitions import Change, Outcome, describe
 
-STATES = ("present", "started", "stopped", "restarted", "absent")
-RECREATE = ("never", "on_change", "on_update", "always")
-DEFAULT_STOP_TIMEOUT = 10
-"""Seconds between asking a container to stop and killing it."""
-
 _SETTLE = 0.3
 _MANY = 2
 """From so many containers on, one listing is asked for first."""
 _RUNNING = ("running", "restarting")  # not paused: that is no success of a start
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What one container should be. `request` is None where no image is named: it has to exist.
-
-    `wait` is how long to wait for devices; `reuse_held` gives up the user's own holds for them. `keep` are
-    the paths whose files a container gets from the one that it replaces.
-    """
-
-    state: str
-    name: names.ContainerName
-    request: ContainerRequest | None = None
-    stop_timeout: int = DEFAULT_STOP_TIMEOUT
-    recreate: str = "never"
-    wait: timedelta | None = None
-    reuse_held: bool = False
-    keep: Sequence[str] = ()
-
-
-@dataclass
-class Report:
-    """What was done for one wish, in order, and what the container is now."""
-
-    name: names.ContainerName
-    actions: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    container: dict[str, Any] | None = None
-    allocation: dict[str, Any] | None = None
-    before: dict[str, Any] = field(default_factory=dict)
-    after: dict[str, Any] = field(default_factory=dict)
-    drift: dict[str, Any] = field(default_factory=dict)
-    image_outdated: bool = False
-    foreseen: bool = False
-    error: Ds01Error | None = None
-
-    def result(self) -> dict[str, Any]:
-        """The report as JSON (module results)."""
-        words = str(self.error) if self.error else self._summary()
-        return {
-            "name": self.name.full,
-            "changed": bool(self.actions),
-            "failed": self.error is not None,
-            "reason": self.error.reason if self.error else "ok",
-            "msg": words,
-            "actions": self.actions,
-            "container": self.container,
-            "allocation": self.allocation,
-            "drift": self.drift,
-            "image_outdated": self.image_outdated,
-            "warnings": self.warnings,
-        }
-
-    def _summary(self) -> str:
-        done = ", ".join(self.actions) or "nothing to do"
-        if self.foreseen and self.actions:
-            done = f"would be {done}"
-        status = self.after.get("status")
-        if not status:
-            return f"{self.name.full}: {done}."
-        gpu = self.allocation["gpu_id"] if self.allocation else None
-        device = f"with GPU {gpu}" if gpu else "without a device" if self.after.get("gpus") else "CPU only"
-        text = f"{self.name.full}: {done}; {'then' if self.foreseen else 'now'} {status}, {device}."
-        if status == "running" and not self.foreseen:
-            text += f" Enter it with: docker exec -it {self.name.full} bash (or sh)."
-        return text
-
-
-def steps(wish: Wish, status: str | None, differs: bool, finished: bool = True) -> tuple[str, ...]:
-    """What has to be done, given the engine's status (None: no container). Pure.
-
-    `differs` says that the container was made from another wish; one that is not `finished` was left
-    by a request that died, before anything ran in it. One that is made anew is set aside until the new
-    one is there. Raises Ds01Error `container_missing` or `container_busy`.
-    """
-    if wish.state == "absent":
-        # A container that somebody removed by hand may have left its allocation behind.
-        return ("remove", "release") if status else ("release",)
-    if status == "removing":
-        raise Ds01Error("container_busy", f"{wish.name.full} is being removed.", "Try again in a moment.")
-    anew = wish.recreate == "always" or (wish.recreate != "never" and differs)
-    if status and (not finished or (wish.request and anew)):
-        # Its devices first: where the new one could have none, the old one stays.
-        away, made = "set_aside" if finished else "remove", _steps_to_make(wish)
-        return tuple(step for step in ("allocate", away, "create", "start") if step in (away, *made))
-    if status is None:
-        return _steps_to_make(wish)
-    return _steps_from(wish.state, status)
-
-
-def _steps_to_make(wish: Wish) -> tuple[str, ...]:
-    if wish.request is None or wish.state == "stopped":
-        raise Ds01Error(
-            "container_missing",
-            f"There is no container {wish.name.full}.",
-            "Create it with playbooks/container_create.yml.",
-        )
-    return ("create",) if wish.state == "present" else ("allocate", "create", "start")
-
-
-def _steps_from(state: str, status: str) -> tuple[str, ...]:
-    running = status in engine.RUNNING
-    if state == "stopped":
-        return ("stop",) if running else ()
-    if state == "restarted":
-        return ("allocate", "restart") if running else ("allocate", "start")
-    if state == "started":
-        return {"paused": ("unpause",)}.get(status, () if running else ("allocate", "start"))
-    return ()
 
 
 class Containers:
@@ -202,7 +88,7 @@ class Containers:
         gone = plan.existing is None and wish.name.full not in known
         if plan.steps and not (plan.steps == ("release",) and gone):
             return None
-        report = _begun(wish, plan)
+        report = container_steps.begun(wish, plan)
         self._leave(wish, plan, report)
         return report
 
@@ -215,17 +101,17 @@ class Containers:
         except Ds01Error as exc:
             return Report(wish.name, error=exc)
 
-    def _each(self, wish: Wish, run: Callable[[Wish, _Plan, Report], None], seen: _Seen) -> Report:
+    def _each(self, wish: Wish, run: Callable[[Wish, Plan, Report], None], seen: _Seen) -> Report:
         report = Report(wish.name)
         try:
             plan = self._plan(wish, seen)
-            report = _begun(wish, plan)
+            report = container_steps.begun(wish, plan)
             run(wish, plan, report)
         except Ds01Error as exc:
             report.error = exc
         return report
 
-    def _plan(self, wish: Wish, seen: _Seen) -> _Plan:
+    def _plan(self, wish: Wish, seen: _Seen) -> Plan:
         existing = seen.container(wish.name.full)
         if existing and existing.labels.get(engine.MANAGED) != "true":
             raise Ds01Error(
@@ -234,25 +120,26 @@ class Containers:
                 "Rename or remove it with docker, then try again.",
             )
         if wish.state == "absent":
-            return _Plan(existing, None, steps(wish, existing.status if existing else None, differs=False))
+            status = existing.status if existing else None
+            return Plan(existing, None, container_steps.steps(wish, status, differs=False))
         image = self._image(wish.request.image, seen) if wish.request else None
         spec = self._spec(wish.request, image) if wish.request and image else None
         differs = bool(existing and spec and existing.labels.get("ds01.intent") != spec["Labels"]["ds01.intent"])
         outdated = bool(existing and image and not differs and existing.image_id not in ("", image.id))
         status, finished = (existing.status, self._finished(wish.name, existing)) if existing else (None, True)
         anew = differs or (outdated and wish.recreate == "on_update")
-        plan = _Plan(existing, spec, steps(wish, status, anew, finished), outdated=outdated)
+        plan = Plan(existing, spec, container_steps.steps(wish, status, anew, finished), outdated=outdated)
         if differs and spec:
             plan.drift = container_spec.differences(self._engine.made_from(wish.name.full), spec)
         if "create" not in plan.steps:
-            plan.warnings.extend(_notices(wish, plan, differs))
+            plan.warnings.extend(container_steps.notices(wish, plan, differs))
         return plan
 
     def _finished(self, name: names.ContainerName, container: engine.Container) -> bool:
         """Whether the request that made it came to its record, the last thing before the first start."""
         return container.status != "created" or self._metadata(name).get("container_id") == container.id
 
-    def _foresee(self, wish: Wish, plan: _Plan, report: Report) -> None:
+    def _foresee(self, wish: Wish, plan: Plan, report: Report) -> None:
         held = self._allocations.allocation(wish.name.full)
         report.allocation = describe(held) if held else None
         for step in plan.steps:
@@ -263,21 +150,21 @@ class Containers:
                 report.allocation = None  # by then the container is removed: nothing is in the way
             if step not in ("allocate", "release") or _devices(report.allocation) != _devices(before):
                 report.actions.append(_DONE[step])
-        report.after = _foreseen(wish, plan, _gpus(wish, plan))
-        report.container = _shown(plan.existing)
+        report.after = container_steps.foreseen(wish, plan)
+        report.container = container_steps.shown(plan.existing)
         report.foreseen = True
 
-    def _leave(self, wish: Wish, plan: _Plan, report: Report) -> None:
+    def _leave(self, wish: Wish, plan: Plan, report: Report) -> None:
         allocation = self._allocations.allocation(wish.name.full)
         report.allocation = describe(allocation) if allocation else None
-        report.container, report.after = _shown(plan.existing), _state(plan.existing)
+        report.container, report.after = container_steps.shown(plan.existing), container_steps.state(plan.existing)
 
-    def _would_have(self, wish: Wish, plan: _Plan) -> dict[str, Any] | None:
+    def _would_have(self, wish: Wish, plan: Plan) -> dict[str, Any] | None:
         outcome = self._allocations.preview([self._change(wish, plan)])[0]
         _raise_refusal(outcome)
         return describe(outcome.allocation) if outcome.allocation else None
 
-    def _carry_out(self, wish: Wish, plan: _Plan, report: Report) -> None:
+    def _carry_out(self, wish: Wish, plan: Plan, report: Report) -> None:
         try:
             with contextlib.ExitStack() as undo:
                 for step in plan.steps:
@@ -291,14 +178,14 @@ class Containers:
         if "set_aside" in plan.steps:
             self._drop_old(wish.name, report)
         container = self._engine.container(wish.name.full) if plan.steps else plan.existing
-        report.container = _shown(container)
-        report.after = _state(container)
+        report.container = container_steps.shown(container)
+        report.after = container_steps.state(container)
         allocation = self._allocations.allocation(wish.name.full)
         report.allocation = describe(allocation) if allocation else None
         if self._allocations.events.problem:
             report.warnings.append(self._allocations.events.problem)
 
-    def _allocate(self, wish: Wish, plan: _Plan, undo: contextlib.ExitStack) -> bool:
+    def _allocate(self, wish: Wish, plan: Plan, undo: contextlib.ExitStack) -> bool:
         """Make sure that the container has its devices; new ones are given back when a later step fails."""
         outcome = waiting.apply(self._allocations, [self._change(wish, plan)])[0]
         _raise_refusal(outcome)
@@ -308,7 +195,7 @@ class Containers:
             undo.callback(self._allocations.apply, [Change("held" if kept else "released", wish.name)])
         return outcome.changed and not kept
 
-    def _create(self, wish: Wish, plan: _Plan, undo: contextlib.ExitStack) -> bool:
+    def _create(self, wish: Wish, plan: Plan, undo: contextlib.ExitStack) -> bool:
         request, spec = wish.request, plan.spec
         if request is None or spec is None:
             raise AssertionError("a container is only ever made from a request")
@@ -349,12 +236,12 @@ class Containers:
         undo.callback(self._engine.remove, name.full)
         return container_id
 
-    def _start(self, wish: Wish, _plan: _Plan, _undo: contextlib.ExitStack) -> bool:
+    def _start(self, wish: Wish, _plan: Plan, _undo: contextlib.ExitStack) -> bool:
         self._engine.start(wish.name.full)
         self._started(wish.name)
         return True
 
-    def _restart(self, wish: Wish, _plan: _Plan, _undo: contextlib.ExitStack) -> bool:
+    def _restart(self, wish: Wish, _plan: Plan, _undo: contextlib.ExitStack) -> bool:
         self._engine.restart(wish.name.full, wish.stop_timeout)
         self._started(wish.name)
         return True
@@ -378,7 +265,7 @@ class Containers:
         self._note_devices(name)
         self._event("container.started", name)
 
-    def _set_aside(self, wish: Wish, plan: _Plan, undo: contextlib.ExitStack) -> bool:
+    def _set_aside(self, wish: Wish, plan: Plan, undo: contextlib.ExitStack) -> bool:
         """Make room for the new container, and keep the old one until that is there."""
         name, record = wish.name, self._metadata(wish.name)
         running = plan.existing is not None and plan.existing.status in engine.RUNNING
@@ -414,33 +301,38 @@ class Containers:
             self._engine.remove(name.full)
         self._engine.rename(old.name, name.full)
 
-    def _unpause(self, wish: Wish, _plan: _Plan, _undo: contextlib.ExitStack) -> bool:
+    def _unpause(self, wish: Wish, _plan: Plan, _undo: contextlib.ExitStack) -> bool:
         self._engine.unpause(wish.name.full)
         return True
 
-    def _stop(self, wish: Wish, plan: _Plan, _undo: contextlib.ExitStack) -> bool:
+    def _stop(self, wish: Wish, plan: Plan, _undo: contextlib.ExitStack) -> bool:
         self._engine.stop(wish.name.full, wish.stop_timeout)
         if plan.existing and plan.existing.gpus:
             self._allocations.apply([Change("held", wish.name)])
         self._event("container.stopped", wish.name)
         return True
 
-    def _remove(self, wish: Wish, _plan: _Plan, _undo: contextlib.ExitStack) -> bool:
+    def _remove(self, wish: Wish, _plan: Plan, _undo: contextlib.ExitStack) -> bool:
         self._engine.remove(wish.name.full)
         self._metadata_path(wish.name).unlink(missing_ok=True)
         self._event("container.removed", wish.name)
         return True
 
-    def discard(self, name: names.ContainerName, container_id: str, why: str) -> None:
-        """Remove a container that does not run, and what belongs to it. Raises Ds01Error: `engine_error` for one
-        that was started meanwhile, `container_busy` while somebody else works on it."""
+    def discard(self, name: names.ContainerName, container_id: str, why: str) -> bool:
+        """Remove a container that does not run, and what belongs to it; False where it is gone, or another has its
+        name by now. Raises Ds01Error: `engine_error` for one that was started meanwhile, `container_busy` while
+        somebody else works on it."""
         with exclusion.alone(self._allocations.paths.state / "containers.lock", name.full):
+            there = self._engine.container(name.full)
+            if there is None or there.id != container_id:
+                return False
             self._engine.discard(container_id)
             self._metadata_path(name).unlink(missing_ok=True)
             self._event("container.removed", name, message=why)
             self._allocations.apply([Change("released", name)])
+        return True
 
-    def _release(self, wish: Wish, _plan: _Plan, _undo: contextlib.ExitStack) -> bool:
+    def _release(self, wish: Wish, _plan: Plan, _undo: contextlib.ExitStack) -> bool:
         return self._allocations.apply([Change("released", wish.name)])[0].changed
 
     def _first_start(self, request: ContainerRequest, account: names.Account) -> None:
@@ -493,7 +385,7 @@ class Containers:
         template = self._allocations.config.containers.workspace
         return request.workspace or workspace.place(template, request.name.project, account)
 
-    def _change(self, wish: Wish, plan: _Plan) -> Change:
+    def _change(self, wish: Wish, plan: Plan) -> Change:
         """The allocation that this container needs: as requested, else as its labels say."""
         labels = plan.existing.labels if plan.existing else {}
         profile = wish.request.profile if wish.request else labels.get("ds01.profile") or None
@@ -501,7 +393,7 @@ class Containers:
         return Change(
             "allocated",
             wish.name,
-            gpus=_gpus(wish, plan),
+            gpus=container_steps.gpus(wish, plan),
             profile=profile,
             startable=bool(startable),
             wait=wish.wait,
@@ -541,18 +433,6 @@ class Containers:
         return self._allocations.engine
 
 
-@dataclass
-class _Plan:
-    """What there is, what would be created, and the steps between."""
-
-    existing: engine.Container | None
-    spec: dict[str, Any] | None
-    steps: tuple[str, ...]
-    warnings: list[str] = field(default_factory=list)
-    drift: dict[str, Any] = field(default_factory=dict)
-    outdated: bool = False
-
-
 _Seen = engine.Engine | engine.Snapshot
 
 
@@ -573,37 +453,6 @@ _DONE = {
 _UNDONE = ("allocated", "removed", "created", "started")
 
 
-def _notices(wish: Wish, plan: _Plan, differs: bool) -> Iterator[str]:
-    """What users should know of a container that stays as it is."""
-    if differs:
-        what = "; ".join(f"{key}: {is_} instead of {wanted}" for key, (is_, wanted) in _shown_drift(plan.drift))
-        yield (
-            f"{wish.name.full} was made from another request{f' ({what})' if what else ''}; "
-            f"it stays as it is (recreate: {wish.recreate})."
-        )
-    if plan.outdated and wish.request:
-        yield (
-            f"{wish.name.full} was made from an older image than {wish.request.image} is now; it stays as it is "
-            f"(recreate: {wish.recreate})."
-        )
-
-
-def _shown_drift(drift: Mapping[str, Any]) -> Iterator[tuple[str, tuple[str, str]]]:
-    for key, values in drift.items():
-        is_, wanted = (json.dumps(values[side]) for side in ("is", "wanted"))
-        yield key, (is_, wanted)
-
-
-def _begun(wish: Wish, plan: _Plan) -> Report:
-    return Report(
-        wish.name,
-        warnings=[*plan.warnings],
-        before=_state(plan.existing),
-        drift=plan.drift,
-        image_outdated=plan.outdated,
-    )
-
-
 def _devices(allocation: Mapping[str, Any] | None) -> Any:
     return allocation["devices"] if allocation else None
 
@@ -617,47 +466,7 @@ def _account(name: names.ContainerName) -> names.Account:
     return account
 
 
-def _gpus(wish: Wish, plan: _Plan) -> int:
-    if wish.request:
-        return wish.request.gpus
-    return plan.existing.gpus if plan.existing else 0
-
-
 def _raise_refusal(outcome: Outcome) -> None:
     if not outcome.ok:
         available = units.format_time(outcome.available_at) if outcome.available_at else None
         raise Ds01Error(outcome.reason, outcome.message, outcome.hint, available_at=available)
-
-
-def _state(container: engine.Container | None) -> dict[str, Any]:
-    """What a diff shows of a container; empty when there is none."""
-    if container is None:
-        return {}
-    return {"name": container.name, "status": container.status, "image": container.image, "gpus": container.gpus}
-
-
-def _foreseen(wish: Wish, plan: _Plan, gpus: int) -> dict[str, Any]:
-    now = _state(plan.existing)
-    if not plan.steps:
-        return now
-    if wish.state == "absent":
-        return {}
-    status = {"present": "created", "stopped": "exited"}.get(wish.state, "running")
-    image = wish.request.image if wish.request and "create" in plan.steps else now.get("image")
-    return {"name": wish.name.full, "status": status, "image": image, "gpus": gpus}
-
-
-def _shown(container: engine.Container | None) -> dict[str, Any] | None:
-    """A container as results show it."""
-    if container is None:
-        return None
-    allocation = container.labels.get("ds01.allocation")
-    return {
-        "name": container.name,
-        "id": container.id,
-        "status": container.status,
-        "image": container.image,
-        "gpus": container.gpus,
-        "device": names.cdi_device(allocation) if allocation else None,
-        "labels": dict(container.labels),
-    }

@@ -19,6 +19,13 @@ from .transitions import Outcome
 REPORTS = ("unmanaged.seen", "slice.deferred", "slice.moved")
 """Kinds of actions that only tell."""
 
+_SUBJECTS = {
+    "service.started": "unit",
+    "unmanaged.seen": "device",
+    **dict.fromkeys(("slice.changed", "slice.removed"), "slice"),
+}
+"""What a kind of actions is about, in its events; all others are about a container."""
+
 _KINDS = {"held": "gpu.held", "active": "gpu.active", "expired": "gpu.released"}
 
 
@@ -46,6 +53,11 @@ class Action:
             "msg": self.message,
             **self.details,
         }
+
+    def event(self) -> dict[str, str]:
+        """The action as the fields of its event, those that it does not have empty."""
+        what = {} if "pid" in self.details else {_SUBJECTS.get(self.kind, "container"): self.subject}
+        return {"user": self.user, **what, "reason": str(self.details.get("policy", "")), "message": self.message}
 
 
 @dataclass(frozen=True)
@@ -85,9 +97,11 @@ def overdue(boxes: Iterable[Box], config: Config, now: datetime) -> Iterator[Act
 
 
 def may_be_overdue(box: Box, config: Config, now: datetime) -> bool:
-    """Whether it is worth asking the engine when a stopped container stopped: it did so after it was made."""
-    hold = resolve(config, box.user).container_hold_after_stop
-    return box.status in _STOPPED and hold is not None and not _is_younger(box.created_at, hold, now)
+    """Whether it is worth asking the engine for a container: one that stopped did so after it was made."""
+    if box.status in _STOPPED:
+        hold = resolve(config, box.user).container_hold_after_stop
+        return hold is not None and not _is_younger(box.created_at, hold, now)
+    return bool(_over(box, config, now))
 
 
 _STOPPED = ("exited", "dead")

@@ -12,16 +12,26 @@ from pathlib import Path
 
 from . import accounts, engine, nvml, policies, telling, usage
 from .allocations import Allocations, Settled
-from .containers import Containers, Wish
+from .container_steps import Wish
+from .containers import Containers
 from .drift import Action
 from .engine import Container
-from .policies import Review, Sample, Watched
+from .observation import Observation
+from .policies import DeviceUse, Review, Sample, Watched
 from .policy_state import PolicyStore
 
+Uses = Mapping[str, DeviceUse]
+"""How each device, by UUID, is used now."""
 
-def foresee(ds01: Allocations, settled: Settled) -> list[Action]:
+
+def uses(driver: nvml.Nvml, seen: Observation) -> Uses:
+    """Those of the devices, where a container runs whose use matters. Raises Ds01Error `driver_unavailable`."""
+    return driver.uses(seen.inventory) if any(c.status in engine.RUNNING for c in _watched(seen)) else {}
+
+
+def foresee(ds01: Allocations, settled: Settled, devices: Uses) -> list[Action]:
     """The warnings and stops that are due. Writes nothing, and so brings nobody nearer to one."""
-    return list(_review(ds01, settled, PolicyStore(ds01.paths.policy_state)).actions)
+    return list(_review(ds01, settled, devices, PolicyStore(ds01.paths.policy_state)).actions)
 
 
 @dataclass(frozen=True)
@@ -50,30 +60,26 @@ class Round:
         self.store.write({id_: replace(state, run=None) if id_ in ids else state for id_, state in states.items()})
 
 
-def look(ds01: Allocations, settled: Settled) -> Round:
+def look(ds01: Allocations, settled: Settled, devices: Uses) -> Round:
     """Look and decide."""
     store = PolicyStore(ds01.paths.policy_state)
-    return Round(_review(ds01, settled, store), store)
+    return Round(_review(ds01, settled, devices, store), store)
 
 
-def carry_out(ds01: Allocations, action: Action) -> None:
-    """One warning or stop, with its event. Raises Ds01Error where a container could not be stopped."""
+def carry_out(ds01: Allocations, action: Action) -> bool:
+    """One warning or stop, with its event; False where another container has that name by now. Raises Ds01Error where
+    it could not be stopped."""
     if action.kind == "policy.stopped":
+        there = ds01.engine.container(action.subject)
+        if there is None or there.id != action.details["container_id"]:
+            return False
         wish = Wish("stopped", action.container, stop_timeout=int(action.details["stop_timeout"]))
         (report,) = Containers(ds01).apply([wish])
         if report.error:
             raise report.error
-    account = accounts.lookup(action.user)
-    if account:
-        telling.say(account, action.message)
-    ds01.events.write(
-        action.kind,
-        ds01.clock(),
-        user=action.user,
-        container=action.subject,
-        reason=str(action.details.get("policy", "")),
-        message=action.message,
-    )
+    telling.tell(action.user, action.message)
+    ds01.events.record(action, ds01.clock())
+    return True
 
 
 def leave_notices(settled: Settled, wanted: Mapping[str, str], told: Mapping[str, str]) -> dict[str, str]:
@@ -92,26 +98,26 @@ def _leave_notice(container: Container, text: str) -> None:
         telling.leave_notice(account, Path(container.workspace, policies.notice_file(container.name)), text)
 
 
-def _review(ds01: Allocations, settled: Settled, store: PolicyStore) -> Review:
+def _watched(seen: Observation) -> list[Container]:
+    return [c for c in seen.containers if c.own and c.user]
+
+
+def _review(ds01: Allocations, settled: Settled, devices: Uses, store: PolicyStore) -> Review:
     clock = usage.clock()
-    ours = [c for c in settled.seen.containers if c.own and c.user]
+    ours = _watched(settled.seen)
     demand = policies.high_demand(ds01.config, settled.seen.inventory, settled.ledger)
     return policies.review(
         [Watched(c.id, c.name, c.user, c.gpus, c.status in engine.RUNNING) for c in ours],
-        _samples(settled, [c for c in ours if c.status in engine.RUNNING]),
+        _samples(settled, [c for c in ours if c.status in engine.RUNNING], devices),
         store.read(),
         lambda container: policies.rules_of(ds01.config, container, clock.time, demand=demand),
         clock,
     )
 
 
-def _samples(settled: Settled, running: list[Container]) -> dict[str, Sample]:
+def _samples(settled: Settled, running: list[Container], devices: Uses) -> dict[str, Sample]:
     """By container id: what each uses now, as far as it can be read."""
-    if not running:
-        return {}
-    usages = usage.usages([c.id for c in running])
-    with nvml.session() as driver:
-        devices = driver.uses(settled.seen.inventory)
+    usages = usage.usages([c.id for c in running]) if running else {}
     samples = {}
     for container in running:
         allocation = settled.ledger.allocations.get(container.name)

@@ -8,11 +8,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import units
 from .errors import Ds01Error
 from .event_files import LogFiles
+
+if TYPE_CHECKING:
+    from .drift import Action
 
 _FOLLOW_EVERY = 0.5
 MAX_LINE = 4000
@@ -43,6 +46,10 @@ class EventLog:
             self.files.append(line)
         except OSError as exc:
             self.problem = f"The event log {self._path} could not be written: {exc.strerror}."
+
+    def record(self, action: Action, now: datetime) -> None:
+        """Append the event of something that was done or reported."""
+        self.write(action.kind, now, **action.event())
 
     def rotate(self, size: int, keep: int) -> None:
         """Set the log aside where it has at least `size` bytes; `keep` older files stay. What stands against it

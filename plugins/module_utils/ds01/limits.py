@@ -171,6 +171,10 @@ class MetricsFiles:
     textfile_directory: str | None = None
     job_mapping_directory: str | None = None
 
+    @property
+    def wanted(self) -> bool:
+        return bool(self.textfile_directory or self.job_mapping_directory)
+
 
 @dataclass(frozen=True)
 class ContainerDefaults:

@@ -185,3 +185,12 @@ def _device(device: Device, now: Ledger, occupied: Mapping[str, str]) -> dict[st
 
 def _time(value: datetime | None) -> str | None:
     return units.format_time(value) if value else None
+
+
+# What `ds01 query` can be asked for.
+QUERIES: Mapping[str, Callable[[Allocations], Sequence[Mapping[str, Any]]]] = {
+    "containers": containers,
+    "gpus": gpus,
+    "queue": queue,
+    "users": users,
+}

@@ -447,7 +447,7 @@ def _stopped(policy: str, container: Watched, measured: timedelta, rules: Rules,
         f"{_limit_text(policy, rules)}. Its user was warned that it would be at {_text_time(notice.told)}."
     )
     grace = rules.enforcement.sigterm_grace.total_seconds()
-    details = {**_details(policy, measured, rules), "stop_timeout": grace}
+    details = {**_details(policy, measured, rules), "stop_timeout": grace, "container_id": container.id}
     return Action("policy.stopped", container.name, message, container.user, details)
 
 

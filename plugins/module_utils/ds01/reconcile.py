@@ -1,7 +1,8 @@
 """The verb that brings a server back to its own rules: reconcile, as often as one likes.
 
-One stage after the other, each from a look of its own, for what one does the next must see. A stage that
-cannot do its work says why, and the others go on.
+One look at engine and driver, then one stage after the other: as long as nothing was changed and nothing failed, each
+decides from that look; afterwards from one of its own, for what one does the next must see. Whoever is to be removed
+or stopped is looked at once more by itself. A stage that cannot do its work says why, and the others go on.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import (
-    accounts,
     claims,
     drift,
     enforcing,
@@ -20,6 +20,7 @@ from . import (
     exclusion,
     memory,
     metrics,
+    nvml,
     pausing,
     processes,
     publishing,
@@ -33,6 +34,7 @@ from .containers import Containers
 from .drift import Action, Box
 from .errors import Ds01Error
 from .memory import Memory
+from .metrics import Picture
 from .strangers import Stranger
 
 DEADLINE = 300.0
@@ -73,10 +75,13 @@ class Reconciled:
 
 @dataclass
 class _Run:
-    """A run under way."""
+    """A run under way, and what its first look showed."""
 
     actions: list[Action] = field(default_factory=list)
     problems: list[Mapping[str, str]] = field(default_factory=list)
+    settled: Settled | None = None
+    uses: enforcing.Uses | None = None
+    pictured: Picture | None = None
 
     @contextlib.contextmanager
     def stage(self, what: str) -> Iterator[None]:
@@ -85,6 +90,15 @@ class _Run:
             yield
         except Ds01Error as exc:
             self.problems.append({"stage": what, "reason": exc.reason, "msg": str(exc)})
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the first look still holds: nothing was changed, nor left halfway."""
+        return not (self.done().changed or self.problems)
+
+    def containers(self, ds01: Allocations) -> Sequence[engine.Container]:
+        """DS01's containers as they are after what was done so far. Raises Ds01Error."""
+        return self.settled.seen.containers if self.settled and self.untouched else ds01.engine.containers()
 
     def done(self) -> Reconciled:
         return Reconciled(tuple(self.actions), tuple(self.problems))
@@ -104,19 +118,16 @@ def reconcile(ds01: Allocations) -> Reconciled:
     ):
         known = memory.read(ds01.paths.memory)
         now = known.at(processes.boot_id(), ds01.clock(), memory.since_boot())
-        settled: Settled | None = None
         with run.stage("services"):
             _resume(ds01, run)
         with run.stage("allocations"):
-            settled = ds01.settle()
-            run.actions += _of_settled(settled)
-            _record_mended(ds01, run.actions)
+            settled = _settle(ds01, run)
             now = _meet_strangers(ds01, settled, now, run)
         with run.stage("containers"):
-            _remove(ds01, _overdue(ds01, now), run)
+            _remove(ds01, _overdue(ds01, run, now), run)
         with run.stage("policies"):
-            if settled:
-                now = replace(now, notices=_enforce(ds01, settled, now.notices, run))
+            if run.settled and run.uses is not None:
+                now = replace(now, notices=_enforce(ds01, run.settled, run.uses, now.notices, run))
         with run.stage("slices"):
             _set_slices(ds01, run)
         if now != known:
@@ -137,16 +148,18 @@ def foresee(ds01: Allocations) -> Reconciled:
     now = memory.read(ds01.paths.memory).at(processes.boot_id(), ds01.clock(), memory.since_boot())
     run.actions += map(drift.of_service, pausing.left(ds01.paths.paused_services))
     with run.stage("allocations"):
-        settled = ds01.foresee_settle()
+        with nvml.session() as driver:
+            run.settled = settled = ds01.foresee_settle(driver)
+            uses = enforcing.uses(driver, settled.seen)
         found = _strangers(ds01, settled)
         run.actions += [*_of_settled(settled), *strangers.seen(found, settled.seen.inventory, settled.ledger)]
         run.actions += _unmanaged_to_stop(ds01, settled, found, now.asked)
-        run.actions += enforcing.foresee(ds01, settled)
+        run.actions += enforcing.foresee(ds01, settled, uses)
     with run.stage("containers"):
-        run.actions += _overdue(ds01, now)
+        run.actions += _overdue(ds01, run, now)
     with run.stage("slices"):
         if not engine.disabled():
-            run.actions += slices.foresee(ds01.config, slices.users(ds01.engine))
+            run.actions += slices.foresee(ds01.config, slices.users(run.containers(ds01)))
     return run.done()
 
 
@@ -158,7 +171,7 @@ def _resume(ds01: Allocations, run: _Run) -> None:
     its event once."""
     resumed = pausing.resume(ds01.paths.paused_services, lambda _: None)
     for action in map(drift.of_service, resumed.started):
-        ds01.events.write(action.kind, ds01.clock(), unit=action.subject, message=action.message)
+        ds01.events.record(action, ds01.clock())
         run.actions.append(action)
     for found in resumed.unstarted:
         if not found.known:
@@ -170,21 +183,30 @@ def _resume(ds01: Allocations, run: _Run) -> None:
 # --- allocations
 
 
+def _settle(ds01: Allocations, run: _Run) -> Settled:
+    """Settle, and all that the later stages need of the driver, in one session: to open one takes longer than the rest.
+    It is closed before anything is stopped, for whoever cuts GPUs waits for that. Raises Ds01Error."""
+    with nvml.session() as driver:
+        run.settled = settled = ds01.settle(driver)
+        done = list(_of_settled(settled))
+        for action in done:
+            if action.kind == "cdi.mended":  # what became of allocations is in the log already
+                ds01.events.record(action, ds01.clock())
+        run.actions += done
+        with run.stage("policies"):
+            run.uses = enforcing.uses(driver, settled.seen)
+        with run.stage("metrics"):
+            if run.untouched and ds01.config.metrics.wanted:
+                run.pictured = publishing.picture(ds01, settled.ledger, settled.seen, driver)
+    return settled
+
+
 def _of_settled(settled: Settled) -> Iterator[Action]:
     for outcome in settled.outcomes:
         yield drift.of_outcome(outcome)
     for container in settled.mended:
         allocation = settled.ledger.allocations.get(container)
         yield drift.of_projection(container, allocation.user if allocation else "")
-
-
-def _record_mended(ds01: Allocations, actions: Iterable[Action]) -> None:
-    """What became of allocations is in the log already."""
-    for action in actions:
-        if action.kind == "cdi.mended":
-            ds01.events.write(
-                action.kind, ds01.clock(), user=action.user, container=action.subject, message=action.message
-            )
 
 
 # --- use without DS01
@@ -211,7 +233,7 @@ def _meet_strangers(ds01: Allocations, settled: Settled, now: Memory, run: _Run)
     for action in strangers.seen(found, seen, settled.ledger):
         run.actions.append(action)
         if now.unmanaged.get(action.subject) != action.details["by"]:
-            ds01.events.write(action.kind, ds01.clock(), device=action.subject, message=action.message)
+            ds01.events.record(action, ds01.clock())
     ended = []
     programs = {str(stranger.program.pid): stranger.program.started for stranger in found if stranger.program}
     asked = {pid: began for pid, began in now.asked.items() if programs.get(pid) == began}
@@ -241,53 +263,54 @@ def _unmanaged_to_stop(
 def _stop_stranger(ds01: Allocations, action: Action) -> bool:
     """Stop a container, or ask a process to end, with an event; False for a process that is gone. Raises Ds01Error."""
     if "pid" in action.details:
-        container = ""
         if not processes.ask_to_end(action.details["pid"], action.details["started"]):
             return False
     else:
-        container = action.subject
         ds01.engine.end(action.details["container_id"], _UNMANAGED_GRACE)
-    account = accounts.lookup(action.user)
-    if account:
-        telling.say(account, action.message)
-    ds01.events.write(action.kind, ds01.clock(), user=action.user, container=container, message=action.message)
+    telling.tell(action.user, action.message)
+    ds01.events.record(action, ds01.clock())
     return True
 
 
 # --- containers
 
 
-def _overdue(ds01: Allocations, clock: Memory) -> list[Action]:
-    """The containers whose time is over. When one stopped is asked only where it may matter; while the clock
-    is not to be trusted nothing is."""
+def _overdue(ds01: Allocations, run: _Run, clock: Memory) -> list[Action]:
+    """The containers whose time is over, each asked for by itself where that may be so; while the clock is not to be
+    trusted it is no one's."""
     if engine.disabled() or clock.distrusts(memory.since_boot()):
         return []
-    boxes = [_box(ds01, container) for container in ds01.engine.containers() if container.own]
-    return list(drift.overdue(boxes, ds01.config, ds01.clock()))
+    listed = map(_box, (container for container in run.containers(ds01) if container.own))
+    asked = [_asked(ds01, box) for box in listed if drift.may_be_overdue(box, ds01.config, ds01.clock())]
+    return list(drift.overdue(filter(None, asked), ds01.config, ds01.clock()))
 
 
-def _box(ds01: Allocations, container: engine.Container) -> Box:
-    box = Box(container.name, container.user, container.id, container.status, claims.created_at(container))
-    if not drift.may_be_overdue(box, ds01.config, ds01.clock()):
-        return box
-    asked = ds01.engine.container(container.name)
-    return replace(box, status=asked.status, finished_at=asked.finished_at) if asked else box
+def _box(container: engine.Container) -> Box:
+    return Box(container.name, container.user, container.id, container.status, claims.created_at(container))
+
+
+def _asked(ds01: Allocations, box: Box) -> Box | None:
+    """How it is now, and since when; None where it is gone, or made anew."""
+    now = ds01.engine.container(box.name)
+    return replace(box, status=now.status, finished_at=now.finished_at) if now and now.id == box.id else None
 
 
 def _remove(ds01: Allocations, actions: Iterable[Action], run: _Run) -> None:
     containers = Containers(ds01)
     for action in actions:
         with run.stage(action.subject):
-            containers.discard(action.container, action.details["container_id"], action.message)
-            run.actions.append(action)
+            if containers.discard(action.container, action.details["container_id"], action.message):
+                run.actions.append(action)
 
 
 # --- idle and runtime limits
 
 
-def _enforce(ds01: Allocations, settled: Settled, told: Mapping[str, str], run: _Run) -> dict[str, str]:
+def _enforce(
+    ds01: Allocations, settled: Settled, uses: enforcing.Uses, told: Mapping[str, str], run: _Run
+) -> dict[str, str]:
     """Warn and stop; the notices that stand in the workspaces then."""
-    found = enforcing.look(ds01, settled)
+    found = enforcing.look(ds01, settled, uses)
     stand = enforcing.leave_notices(settled, found.review.notices, told)
     _carry_out(ds01, found.warnings, run)
     found.remember()
@@ -302,9 +325,9 @@ def _carry_out(ds01: Allocations, actions: Iterable[Action], run: _Run) -> set[s
     done = set()
     for action in actions:
         with run.stage(action.subject):
-            enforcing.carry_out(ds01, action)
-            run.actions.append(action)
-            done.add(action.subject)
+            if enforcing.carry_out(ds01, action):
+                run.actions.append(action)
+                done.add(action.subject)
     return done
 
 
@@ -314,15 +337,10 @@ def _carry_out(ds01: Allocations, actions: Iterable[Action], run: _Run) -> set[s
 def _set_slices(ds01: Allocations, run: _Run) -> None:
     if engine.disabled():
         return
-    users = slices.users(ds01.engine)
+    users = slices.users(run.containers(ds01))
     for action in slices.foresee(ds01.config, users):
         with run.stage(action.subject):
-            done = slices.carry_out(action, ds01.config, users)
-            if done:
-                ds01.events.write(
-                    action.kind, ds01.clock(), user=action.user, slice=action.subject, message=action.message
-                )
-            if done or action.kind in drift.REPORTS:
+            if slices.carry_out(ds01, action, users) or action.kind in drift.REPORTS:
                 run.actions.append(action)
 
 
@@ -330,9 +348,9 @@ def _set_slices(ds01: Allocations, run: _Run) -> None:
 
 
 def _publish(ds01: Allocations, run: _Run, seconds: float) -> None:
-    wanted = ds01.config.metrics
-    if not (wanted.textfile_directory or wanted.job_mapping_directory):
+    if not ds01.config.metrics.wanted:
         return
     this = metrics.Run(ds01.clock(), seconds, not run.problems)
-    for problem in publishing.publish(ds01, publishing.look(ds01), this):
+    pictured = run.pictured if run.pictured and run.untouched else publishing.look(ds01)
+    for problem in publishing.publish(ds01, pictured, this):
         run.problems.append({"stage": "metrics", "reason": "permission_denied", "msg": problem})

@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import accounts
 from .names import Account
 
 _TIMEOUT = 10
@@ -23,6 +24,12 @@ def leave_notice(account: Account, file: Path, text: str) -> bool:
     if text:
         return _run_as(account, ["/usr/bin/tee", "--", str(file)], text)
     return _run_as(account, ["/bin/rm", "-f", "--", str(file)])
+
+
+def tell(user: str, text: str) -> int:
+    """A line on each terminal of a user, where this host knows one of that name; on how many."""
+    account = accounts.lookup(user)
+    return say(account, text) if account else 0
 
 
 def say(account: Account, text: str, terminals: Path = _TERMINALS) -> int:

@@ -94,6 +94,32 @@ QUEUE = {
 }
 
 
+# What `ds01 query` can be asked for, and the columns that people see.
+QUERIES: Mapping[str, Mapping[str, str]] = {
+    "containers": {"name": "Container", "user": "User", "status": "Status", "gpu_id": "GPU", "image": "Image"},
+    "gpus": {
+        "index": "GPU",
+        "name": "Name",
+        "mig": "MIG",
+        "health": "Health",
+        "utilization": "Use %",
+        "allocated": "Allocated",
+        "devices": "of",
+    },
+    "queue": QUEUE,
+    "users": {
+        "user": "User",
+        "group": "Group",
+        "devices": "Devices",
+        "max_gpus": "of",
+        "held": "Held",
+        "gpu_equivalents": "GPU-equivalents",
+        "containers": "Containers",
+        "max_containers": "of ",
+    },
+}
+
+
 def status_text(status: Mapping[str, Any]) -> str:
     """`ds01 status`: the devices and who has them; of one user, where the status is one user's."""
     ends = {a["container"]: a["hold_ends"] for a in status["allocations"]}
