@@ -37,7 +37,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ds01"))
 
 @pytest.fixture(scope="session", autouse=True)
 def _hear_signals() -> None:
-    """Whoever starts tests with nohup, or in the background of a script, has them ignore these, and their children, too."""
+    """Whoever starts tests with nohup, or behind a script, has them ignore these, and their children, too."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
