@@ -9,10 +9,11 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
-from ds01 import enforcing, exclusion, memory, nvml, processes, reconcile, systemd_slices, usage
+from ds01 import enforcing, exclusion, memory, names, nvml, processes, reconcile, systemd_slices, usage
 from ds01.allocations import Allocations
 from ds01.drift import Action
 from ds01.errors import Ds01Error
@@ -402,6 +403,45 @@ def test_what_belongs_to_one_whose_account_is_gone_is_removed_too(server: Server
     server.world.stop(box)
     server.passes(HALF_A_DAY)
     assert "container.removed old._.3999999999" in server.run()
+
+
+def record_of(server: Server, container: str, age: timedelta) -> Path:
+    """A record of a container that there never was."""
+    file: Path = server.world.metadata / f"{container}.json"
+    file.write_text('{"container_id": "gone"}', encoding="utf-8")
+    written = (server.world.clock - age).timestamp()
+    os.utime(file, (written, written))
+    return file
+
+
+def test_records_of_containers_that_are_gone_go_too(server: Server) -> None:
+    """Somebody removed them past DS01."""
+    alice, bob = sorted(server.world.boxes)
+    for container in (alice, bob):  # one runs, one holds its device
+        record_of(server, container, 2 * HOUR)
+    old, young = record_of(server, "p._.carol", HOUR), record_of(server, "q._.carol", HOUR - MINUTE)
+    assert server.foreseen() == ["record.removed p._.carol"]
+    assert server.run() == ["record.removed p._.carol"]
+    assert [path.stem for path in sorted(server.world.metadata.iterdir())] == sorted([alice, bob, young.stem])
+    assert not old.exists()
+    assert server.told("record.removed") == ["p._.carol is gone, and its record is removed."]
+
+
+def test_the_record_of_one_that_was_set_aside_stays(server: Server) -> None:
+    """A request died while it replaced it; the next one puts it back."""
+    file = record_of(server, "p._.carol", 2 * HOUR)
+    server.world.create(names.set_aside("p._.carol"), {"ds01.managed": "true", "ds01.user": "carol", "ds01.gpus": "0"})
+    assert "record.removed p._.carol" not in server.foreseen()
+    assert file.exists()
+
+
+@pytest.mark.parametrize("silent", ["driver_answers", "engine_answers"])
+def test_no_record_goes_while_it_is_not_known_who_is_there(silent: str, server: Server) -> None:
+    file = record_of(server, "p._.carol", 2 * HOUR)
+    setattr(server.world, silent, False)
+    reconcile.reconcile(server.ds01)
+    assert file.exists()
+    setattr(server.world, silent, True)
 
 
 # --- what does not answer

@@ -332,6 +332,14 @@ class Containers:
             self._allocations.apply([Change("released", name)])
         return True
 
+    def forget(self, name: names.ContainerName) -> bool:
+        """Remove the record of a container that is gone; False where there is one by now. Raises Ds01Error."""
+        with exclusion.alone(self._allocations.paths.state / "containers.lock", name.full):
+            if self._engine.container(name.full):
+                return False
+            self._metadata_path(name).unlink(missing_ok=True)
+        return True
+
     def _release(self, wish: Wish, _plan: Plan, _undo: contextlib.ExitStack) -> bool:
         return self._allocations.apply([Change("released", wish.name)])[0].changed
 

@@ -6,7 +6,7 @@ at any time, and a second run right after the first finds nothing to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -25,6 +25,8 @@ _SUBJECTS = {
     **dict.fromkeys(("slice.changed", "slice.removed"), "slice"),
 }
 """What a kind of actions is about, in its events; all others are about a container."""
+
+_RECORD_GRACE = timedelta(hours=1)
 
 _KINDS = {"held": "gpu.held", "active": "gpu.active", "expired": "gpu.released"}
 
@@ -85,6 +87,14 @@ def of_projection(container: str, user: str) -> Action:
 def of_service(unit: str) -> Action:
     """A service that gave way to another MIG mode, and was not started again."""
     return Action("service.started", unit, f"{unit} was left stopped by an earlier change of the MIG layout.")
+
+
+def of_records(written: Mapping[str, datetime], there: Collection[str], now: datetime) -> Iterator[Action]:
+    """The records of containers that are gone, by who removed them past DS01. `written` is when each was last written,
+    by container; `there` are all that anybody knows of. A young one may be of a container that is being made."""
+    for container in sorted(written.keys() - set(there)):
+        if not _is_younger(written[container], _RECORD_GRACE, now):
+            yield Action("record.removed", container, f"{container} is gone, and its record is removed.")
 
 
 def overdue(boxes: Iterable[Box], config: Config, now: datetime) -> Iterator[Action]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from typing import Any
 
 from . import (
@@ -20,6 +21,7 @@ from . import (
     exclusion,
     memory,
     metrics,
+    names,
     nvml,
     pausing,
     processes,
@@ -125,6 +127,7 @@ def reconcile(ds01: Allocations) -> Reconciled:
             now = _meet_strangers(ds01, settled, now, run)
         with run.stage("containers"):
             _remove(ds01, _overdue(ds01, run, now), run)
+            _forget(ds01, _leftover_records(ds01, run), run)
         with run.stage("policies"):
             if run.settled and run.uses is not None:
                 now = replace(now, notices=_enforce(ds01, run.settled, run.uses, now.notices, run))
@@ -156,7 +159,7 @@ def foresee(ds01: Allocations) -> Reconciled:
         run.actions += _unmanaged_to_stop(ds01, settled, found, now.asked)
         run.actions += enforcing.foresee(ds01, settled, uses)
     with run.stage("containers"):
-        run.actions += _overdue(ds01, run, now)
+        run.actions += [*_overdue(ds01, run, now), *_leftover_records(ds01, run)]
     with run.stage("slices"):
         if not engine.disabled():
             run.actions += slices.foresee(ds01.config, slices.users(run.containers(ds01)))
@@ -300,6 +303,30 @@ def _remove(ds01: Allocations, actions: Iterable[Action], run: _Run) -> None:
     for action in actions:
         with run.stage(action.subject):
             if containers.discard(action.container, action.details["container_id"], action.message):
+                run.actions.append(action)
+
+
+def _leftover_records(ds01: Allocations, run: _Run) -> list[Action]:
+    """The records that nobody needs; none while it is not known who is there."""
+    if engine.disabled() or not run.settled:
+        return []
+    seen, ledger = run.settled.seen, run.settled.ledger
+    listed = {c.name for c in (*seen.containers, *seen.others)}
+    try:
+        written = {file.stem: file.stat().st_mtime for file in ds01.paths.metadata.glob("*.json")}
+    except OSError as exc:
+        raise Ds01Error("permission_denied", f"{ds01.paths.metadata} could not be read: {exc.strerror}.") from None
+    times = {name: datetime.fromtimestamp(time, timezone.utc) for name, time in written.items()}
+    aside = {name for name in times if names.set_aside(name) in listed}
+    return list(drift.of_records(times, {*listed, *aside, *ledger.allocations}, ds01.clock()))
+
+
+def _forget(ds01: Allocations, actions: Iterable[Action], run: _Run) -> None:
+    containers = Containers(ds01)
+    for action in actions:
+        with run.stage(action.subject):
+            if containers.forget(action.container):
+                ds01.events.record(action, ds01.clock())
                 run.actions.append(action)
 
 
