@@ -1,0 +1,32 @@
+"""The systemd units that DS01 brings, against what they must be able to do on every release that the roles name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+UNITS = sorted((ROOT / "roles" / "ds01_runtime" / "files").glob("*.service"))
+CLOSES_DEVICES = ("PrivateDevices", "DevicePolicy", "DeviceAllow", "ProtectClock")
+"""The last one before systemd 252: it allows the clock's device, and so no other (systemd issue 18142)."""
+
+
+@pytest.fixture(params=UNITS, ids=lambda path: path.name)
+def settings(request: pytest.FixtureRequest) -> list[tuple[str, str]]:
+    unit: Path = request.param
+    return re.findall(r"^(\w+)=(.*)$", unit.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_there_are_units() -> None:
+    assert [unit.name for unit in UNITS] == ["ds01-reconcile.service", "ds01-restore.service"]
+
+
+def test_the_gpus_stay_in_reach(settings: list[tuple[str, str]]) -> None:
+    assert [name for name, _ in settings if name in CLOSES_DEVICES] == []
+
+
+def test_no_unit_starts_an_engine_that_an_admin_stopped(settings: list[tuple[str, str]]) -> None:
+    wants = [value for name, value in settings if name in ("Wants", "Requires", "BindsTo", "Upholds")]
+    assert not any("docker" in value for value in wants)
