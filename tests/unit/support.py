@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from fractions import Fraction
@@ -116,3 +118,10 @@ _FREE = {"max_gpus": None, "max_gpus_per_container": None, "allow_full_gpu": Tru
 def limits_of(user: str = "alice", **layer: Any) -> Limits:
     """A user's limits: whatever is not named is unlimited."""
     return resolve(config_of(**{**_FREE, **layer}), user)
+
+
+def come(*signals: signal.Signals) -> None:
+    """Let signals come to this very thread: one that is sent to the process another thread may take, which the
+    caller hears of whenever that thread gets to run."""
+    for number in signals:
+        signal.pthread_kill(threading.get_ident(), number)

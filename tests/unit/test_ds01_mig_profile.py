@@ -21,7 +21,7 @@ import yaml
 from ansible.module_utils.ds01.paths import Paths
 from ds01_mig_profile import Ds01Error
 from sim_server import LIMITS, SIM, Server, Start, initial, needs_sim, start
-from support import ROOT, Host
+from support import ROOT, Host, come
 
 __all__ = ["start"]
 
@@ -130,7 +130,7 @@ class TestOnAServer:
                 said.append(result)
 
         before = server.cuts()
-        server.calls.before("write", lambda: os.kill(os.getpid(), number), 2)
+        server.calls.before("write", lambda: come(number), 2)
         with ds01_mig_profile.interruptible(Module()):
             run(gpus={"0": ["3g.40gb"], "1": ["2g.20gb"]})
         assert [result["reason"] for result in said] == ["interrupted"]

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 
 import pytest
 from ds01 import interruption
 from ds01.interruption import Interrupted
+from support import come
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-
-
-def come(*signals: signal.Signals) -> None:
-    for number in signals:
-        os.kill(os.getpid(), number)
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +77,19 @@ def test_a_deferred_signal_waits_for_a_moment() -> None:
             come(signal.SIGHUP, signal.SIGTERM)
             done.append("the undo")
     assert done == ["a step", "the undo"]
+
+
+def test_a_deferred_signal_that_another_thread_takes_waits_too() -> None:
+    done, begun = [], threading.Event()
+    other = threading.Thread(target=lambda: (begun.wait(), come(signal.SIGTERM)))
+    other.start()  # before the mask, which it would inherit
+    with pytest.raises(Interrupted, match="SIGTERM"), interruption.as_exception():
+        with interruption.deferred():
+            begun.set()
+            other.join()
+            done.append("the block")
+        done.append("what comes after")
+    assert done == ["the block"]
 
 
 def test_what_would_end_the_process_has_no_moment() -> None:

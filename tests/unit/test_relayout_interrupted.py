@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import signal
 from collections.abc import Callable, Iterator
 
@@ -14,6 +13,7 @@ from ds01 import cli, interruption
 from ds01.interruption import Interrupted
 from sim_server import LIMITS, WRITES, Server, Start, needs_sim, start  # noqa: F401 - start is a fixture
 from sim_systemd import Systemd
+from support import come
 
 pytestmark = needs_sim
 
@@ -61,7 +61,7 @@ def at_call(server: Server, number: int, action: Callable[[], object]) -> Callab
 def interrupted(server: Server, number: signal.Signals) -> Iterator[str]:
     """A change that is interrupted at each of its moments; how the first GPU is cut then."""
     for moment in itertools.count(1):
-        came = at_call(server, moment, lambda: os.kill(os.getpid(), number))
+        came = at_call(server, moment, lambda: come(number))
         try:
             with interruption.as_exception():
                 server.apply(**AFTER)
@@ -91,8 +91,8 @@ def test_all_or_nothing(number: signal.Signals, server: Server, systemd: Systemd
 
 def test_a_second_signal_does_not_break_the_undo(server: Server, systemd: Systemd) -> None:
     before = server.cuts()
-    came = at_call(server, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    server.calls.before_writes(lambda _: came() and os.kill(os.getpid(), signal.SIGHUP))
+    came = at_call(server, 4, lambda: come(signal.SIGTERM))
+    server.calls.before_writes(lambda _: came() and come(signal.SIGHUP))
     with pytest.raises(Interrupted), interruption.as_exception():
         server.apply(**AFTER)
     server.calls.clear()
@@ -116,7 +116,7 @@ def test_the_command_says_so(
     number: signal.Signals, server: Server, systemd: Systemd, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = server.cuts()
-    at_call(server, 3, lambda: os.kill(os.getpid(), number))
+    at_call(server, 3, lambda: come(number))
     argv = ["mig", "apply", "--gpu", f"0={ANEW}", "--gpu", "1=3g.40gb"]
     assert cli.main(argv) == 128 + number
     assert f"ds01: interrupted: Interrupted by {number.name}." in capsys.readouterr().err

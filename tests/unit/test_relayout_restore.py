@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 
 import pytest
 from ds01 import interruption, overview, partitions, publishing
 from sim_server import Server, Start, needs_sim, start  # noqa: F401 - start is a fixture
+from support import come
 
 pytestmark = needs_sim
 
@@ -156,7 +156,7 @@ def test_what_is_only_missing_in_this_boot_is_cut_again(server: Server) -> None:
 def test_an_interruption_loses_no_gpu_that_is_done(write: int, server: Server) -> None:
     """systemd ends a unit that takes too long by SIGTERM."""
     server.boot()
-    server.calls.before("write", lambda: os.kill(os.getpid(), signal.SIGTERM), write)
+    server.calls.before("write", lambda: come(signal.SIGTERM), write)
     with pytest.raises(interruption.Interrupted), interruption.as_exception():
         server.restore()
     server.calls.clear()
