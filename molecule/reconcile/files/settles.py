@@ -3,7 +3,8 @@
 and how many seconds they took.
 
 Looks are named by the seconds that have passed by then; SET_BY is by how many the calendar was set. The clocks are
-this process's own: the machine's are those of every lab host.
+this process's own: the machine's are those of every lab host. They stand still during a look, however long it takes:
+else the time for another sample of a container's use could come between the two runs.
 """
 
 import hashlib
@@ -26,17 +27,17 @@ KEPT = [Path(path) for path in ("/var/lib/ds01", "/var/log/ds01", "/run/cdi", "/
 set_by = timedelta(seconds=int(os.environ.get("SET_BY", "0")))
 passed = timedelta()
 took = {}
-seconds, nanoseconds, Calendar = time.clock_gettime, time.clock_gettime_ns, datetime
+since_boot = time.clock_gettime_ns
 
 
 class Clock(datetime):
     @classmethod
     def now(cls, tz=None):
-        return Calendar.now(tz) + set_by + passed
+        return began.astimezone(tz) + set_by + passed
 
 
-time.clock_gettime = lambda clock: seconds(clock) + passed.total_seconds()
-time.clock_gettime_ns = lambda clock: nanoseconds(clock) + int(passed.total_seconds()) * 10**9
+time.clock_gettime_ns = lambda _: began_since_boot + int(passed.total_seconds()) * 10**9
+time.clock_gettime = lambda clock: time.clock_gettime_ns(clock) / 10**9
 usage.datetime = Clock
 
 
@@ -46,9 +47,9 @@ def files():
 
 
 def run(verb):
-    began = time.perf_counter()
+    start = time.perf_counter()
     found = verb(Allocations(Paths.from_env(), "the test", lambda: Clock.now(timezone.utc)))
-    took[verb.__name__] = [*took.get(verb.__name__, ()), round(time.perf_counter() - began, 2)]
+    took[verb.__name__] = [*took.get(verb.__name__, ()), round(time.perf_counter() - start, 2)]
     return found
 
 
@@ -75,5 +76,6 @@ def look():
 looks = []
 for argument in sys.argv[1:] or ["0"]:
     passed = timedelta(seconds=int(argument))
+    began, began_since_boot = datetime.now(timezone.utc), since_boot(time.CLOCK_BOOTTIME)
     looks.append(look())
 print(json.dumps(looks))
