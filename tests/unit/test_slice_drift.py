@@ -127,10 +127,46 @@ def test_who_moved_keeps_running_where_he_is_with_the_limits_of_his_group_now() 
     said, change = decide(moved, [live()], ["alice"])
     assert said.message == (
         "alice is in group student now, and 1 container(s) still run in the slice of lab, with student's limits; "
-        "containers made anew are in ds01-student-alice.slice."
+        "containers made anew are in ds01-student-alice.slice, and as long as both have some, each has half of these "
+        "limits."
     )
     assert said.details == {"group": "student", "container_ids": ["1" * 64]}
     assert change.details["properties"] == limits.NO_LIMIT
+
+
+def test_two_slices_of_one_user_have_no_more_than_one() -> None:
+    """Who moved has a slice in the old group and one in the new: together they get the aggregate once."""
+    old = "ds01-student-alice.slice"
+    half = {"CPUQuota": Fraction(2), "MemoryMax": 32 * G, "MemoryHigh": 30 * G, "TasksMax": 500}
+    assert kinds([live(), live(old)], config()) == [
+        ("slice.moved", old),
+        ("slice.changed", old),
+        ("slice.changed", ALICE),
+    ]
+    written = [a.details["properties"] for a in decide(config(), [live(), live(old)], ["alice"]) if "changed" in a.kind]
+    assert (
+        written
+        == [
+            {"CPUQuota": "200%", "MemoryMax": str(32 * G), "MemoryHigh": str(30 * G), "TasksMax": "500"},
+        ]
+        * 2
+    )
+    assert kinds([live(limits=half), live(old, limits=half)], config()) == [("slice.moved", old)]
+    assert kinds([live(limits=half)], config()) == [("slice.changed", ALICE)], "the other one is gone"
+    assert kinds([live(empty=True), live(old)], config()) == [("slice.moved", old)], "nothing runs in the new one yet"
+    assert kinds([live(), live("ds01-student-bob.slice", limits=dict.fromkeys(IN_FORCE))], config()) == []
+
+
+@given(st.integers(1, 4), st.sampled_from([4096, 65536]))
+def test_parts_add_up_to_no_more_than_the_whole(parts: int, page: int) -> None:
+    places = [live(f"ds01-g{n}-alice.slice", limits=dict.fromkeys(IN_FORCE), page=page) for n in range(parts)]
+    changes = [a for a in decide(config(), places, ["alice"]) if a.kind == "slice.changed"]
+    assert len(changes) == parts
+    for key in ("MemoryMax", "MemoryHigh", "TasksMax"):
+        amount = sum(int(change.details["properties"][key]) for change in changes)
+        assert amount <= int(IN_FORCE[key])
+        assert amount > int(IN_FORCE[key]) - parts * page
+    assert sum(Fraction(c.details["properties"]["CPUQuota"].rstrip("%")) for c in changes) <= 400
 
 
 LEFT = {

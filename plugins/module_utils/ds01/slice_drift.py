@@ -6,6 +6,7 @@ slices that exist: systemd changes those only when it is asked to, whatever a da
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -76,6 +77,7 @@ def decide(config: Config, live: Sequence[LiveSlice], users: Collection[str]) ->
     yet) and `slice.moved` (containers that run in the slice of a group which their user left).
     """
     gone = {found.name for found in live if found.empty and _is_over(found, config, users)}
+    parts = Counter(_place(found)[1] for found in live if not found.empty)
     for found in sorted(live, key=_depth, reverse=True):
         _, user = _place(found)
         if found.name in gone and all(other.name in gone for other in live if _is_below(other, found)):
@@ -83,7 +85,7 @@ def decide(config: Config, live: Sequence[LiveSlice], users: Collection[str]) ->
             yield Action("slice.removed", found.name, f"The slice {found.name} is removed: {whose}.", user)
         elif user:
             yield from _moved(found, config)
-            yield from _changed(found, config)
+            yield from _changed(found, config, 1 if found.empty else parts[user])
 
 
 def describe(found: LiveSlice) -> dict[str, Any]:
@@ -137,17 +139,23 @@ def _moved(found: LiveSlice, config: Config) -> Iterator[Action]:
         return
     message = (
         f"{user} is in group {home} now, and {len(found.containers)} container(s) still run in the slice of {group}, "
-        f"with {home}'s limits; containers made anew are in {names.user_slice(home, user)}."
+        f"with {home}'s limits; containers made anew are in {names.user_slice(home, user)}, and as long as both have "
+        "some, each has half of these limits."
     )
     details = {"group": home, "container_ids": list(found.containers)}
     yield Action("slice.moved", found.name, message, user, details)
 
 
-def _changed(found: LiveSlice, config: Config) -> Iterator[Action]:
-    """A container cannot be moved to another slice while it runs: whichever it is in has its user's limits."""
+def _changed(found: LiveSlice, config: Config, parts: int) -> Iterator[Action]:
+    """A container cannot be moved to another slice while it runs: whichever it is in has its user's limits, divided
+    among the `parts` in which something of that user runs."""
     _, user = _place(found)
     aggregate = resolve(config, user).aggregate
-    wanted = {key: value for key, value in amounts(aggregate, found.page).items() if key in found.limits}
+    wanted = {
+        key: _part(key, value, parts, found.page)
+        for key, value in amounts(aggregate, found.page).items()
+        if key in found.limits
+    }
     wrong = [key for key, value in wanted.items() if not _same(value, found.limits[key])]
     too_low = [key for key in wrong if _is_less(wanted[key], found.floor.get(key))]
     for key in too_low:
@@ -162,6 +170,16 @@ def _changed(found: LiveSlice, config: Config) -> Iterator[Action]:
         # All of them, for systemd writes them together, and may have read others than those in force.
         properties = {key: _written(key, found.limits[key] if key in too_low else wanted[key]) for key in wanted}
         yield Action("slice.changed", found.name, f"The slice of {user}: {said}.", user, {"properties": properties})
+
+
+def _part(key: str, whole: Fraction | int | None, parts: int, page: int) -> Fraction | int | None:
+    """One of equal parts of an amount, rounded down as the kernel rounds it."""
+    if whole is None or parts == 1:
+        return whole
+    if isinstance(whole, Fraction):
+        return max(whole / parts, _LEAST_CPU)
+    part = whole // parts
+    return part // page * page if key.startswith("Memory") else max(part, 1)
 
 
 def _same(wanted: Fraction | int | None, has: Fraction | int | None) -> bool:

@@ -41,8 +41,11 @@ def _done(action: Action, config: Config, users: Collection[str]) -> bool:
     if action.kind != "slice.changed":
         return False
 
+    others = [found for found in systemd_slices.live() if found.name != action.subject]
+
     def agreed(found: LiveSlice) -> bool:
-        return not any(again.kind == "slice.changed" for again in slice_drift.decide(config, [found], users))
+        again = slice_drift.decide(config, [found, *others], users)
+        return not any((a.kind, a.subject) == ("slice.changed", action.subject) for a in again)
 
     systemd_slices.change(action.subject, action.details["properties"])
     if not systemd_slices.in_force(action.subject, agreed):
