@@ -67,6 +67,12 @@ queue:
   returned: always
   type: list
   elements: dict
+missing:
+  description: Devices that somebody has and the host does not show, such as after the driver was loaded anew, each with
+    its C(container) and C(user). Their room is granted to nobody else.
+  returned: always
+  type: list
+  elements: dict
 containers:
   description: DS01's containers in every state.
   returned: always

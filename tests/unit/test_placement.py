@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from ds01 import records
 from ds01.limits import GpuPolicy, Limits, Reservation
-from ds01.model import FULL, Grant, Inventory, Ledger, Refusal, Request
+from ds01.model import FULL, Allocation, Device, Grant, Inventory, Ledger, Refusal, Request
 from ds01.placement import Situation, decide, wanted_profile
 from hypothesis import given
 from hypothesis import strategies as st
@@ -200,6 +200,33 @@ def test_all_or_none() -> None:
     found = refusal(decide(ask(2, FULL), limits_of(), situation(inventory, taken(inventory, bob="0"))))
     assert found.reason == "no_gpu_available"
     assert "2 x whole GPU" in found.message
+
+
+ROOM: dict[str, tuple[str, tuple[int, int] | None, str | None]] = {
+    "the whole GPU": ("full", None, None),
+    "the same slices": ("3g.40gb", (0, 4), None),
+    "the last of them": ("1g.10gb", (3, 1), None),
+    "the next ones": ("1g.10gb", (4, 1), "0:0"),
+    "another GPU": ("other", None, "1"),
+}
+
+
+@pytest.mark.parametrize("name", ROOM)
+def test_the_room_of_a_device_that_is_missing_is_nobody_else_s(name: str) -> None:
+    """bob's half of GPU 0 went with the driver's reset, and may be cut again."""
+    profile, placement, got = ROOM[name]
+    gone = Device("0:0", "MIG-gone", "GPU-0", "3g.40gb", (0, 4), Fraction(3, 7))
+    whole = Device("1", "GPU-1", "GPU-1", FULL)
+    here = Device("0" if profile == FULL else "0:0", "MIG-new", "GPU-0", profile, placement)
+    inventory = replace(machine(FULL, FULL), devices=(whole,) if name == "another GPU" else (here,))
+    ledger = Ledger({"p._.bob": Allocation("p._.bob", "bob", (gone,), 10, NOW, stopped_at=NOW)})
+    found = decide(ask(profile=FULL if got == "1" else profile), limits_of(), situation(inventory, ledger))
+    if got:
+        assert ids(found) == got
+    else:
+        assert refusal(found).reason == "no_gpu_available"
+        assert "has the room of 3g.40gb that p._.bob has and that is missing" in refusal(found).message
+        assert ids(decide(ask(profile=profile), limits_of(), situation(inventory, Ledger()))) == here.id
 
 
 def test_a_device_of_the_replaced_system_s_ledger_is_taken_though_it_has_no_uuid() -> None:

@@ -63,7 +63,7 @@ BEFORE: dict[str, Fault] = {
         sim("lost=1"),
         {"g0": ANEW},
         "driver_unavailable",
-        ("NVIDIA's CDI spec", "GPU is lost"),
+        ("GPU 1 is lost, and meanwhile no other can be cut anew: NVIDIA's CDI spec", "nvidia-smi --gpu-reset"),
     ),
     "a GPU without MIG": (sim(), {"g2": "2g.20gb"}, "profile_not_available", ("GPU 2", "L40S", "has no MIG")),
     "MIG off where there is none": (sim(), {"g2": "", "g0": ANEW}, "profile_not_available", ("has no MIG",)),

@@ -6,8 +6,9 @@ import json
 import signal
 
 import pytest
-from ds01 import interruption, overview, partitions, publishing
+from ds01 import cli, interruption, overview, partitions, publishing, reconcile
 from sim_server import Server, Start, needs_sim, start  # noqa: F401 - start is a fixture
+from state import edit
 from support import come
 
 pytestmark = needs_sim
@@ -86,6 +87,7 @@ def test_a_gpu_that_is_lost_at_boot(server: Server) -> None:
     assert lost in " ".join(restored.problems)
     assert server.cut(0) == cuts[0]
     server.check_nothing_false()
+    assert server.ledger()["p._.alice"] == (server.uuids(0)["2g.20gb@0"],), "though nothing can be described meanwhile"
     server.simulate("found=1")
     assert server.restore().problems == ()
     assert server.cuts() == cuts
@@ -143,6 +145,56 @@ def test_what_was_cut_otherwise_in_this_boot_is_left_alone(server: Server) -> No
     restored = server.restore()
     assert server.cuts() == cuts
     assert restored.problems == ("GPU 0 was cut otherwise since it was restored: it is left as it is.",)
+
+
+def load_the_driver_anew(server: Server) -> None:
+    """In the same boot: no instance outlives it, nor an H100's MIG mode."""
+    server.simulate("reset=0", "reset=1")
+    with edit(server.state) as machine:
+        machine.gpus[1].update(mig="0", pending="0")
+    server.write_nvidia_spec()
+
+
+def test_the_driver_is_loaded_anew(server: Server) -> None:
+    cuts, before = server.cuts(), gpus_of(server)
+    load_the_driver_anew(server)
+    assert server.cuts() == ["", "off"]
+    whole = server.allocate("r._.dan", "full")
+    assert (whole.ok, whole.reason) == (False, "no_gpu_available"), "bob has a half of it"
+    assert "1 has the room of 3g.40gb that q._.bob has and that is missing (sudo ds01 restore)" in whole.message
+    restored = server.restore()
+    assert (restored.changed, restored.problems) == (True, ())
+    assert (server.cuts(), gpus_of(server)) == (cuts, before)
+    server.check_all_done()
+
+
+def test_a_mode_that_was_switched_off_where_nobody_has_anything_stays_off(server: Server) -> None:
+    server.report("released", "q._.bob")
+    load_the_driver_anew(server)
+    restored = server.restore()
+    assert restored.problems == ("GPU 1 was cut otherwise since it was restored: it is left as it is.",)
+    assert server.cut(1) == "off"
+
+
+def test_what_is_missing_is_told_until_it_is_back(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    load_the_driver_anew(server)
+    shown = overview.status(server.ds01())
+    assert [(d["id"], d["container"], d["user"]) for d in shown["missing"]] == [
+        ("0:0", "p._.alice", "alice"),
+        ("1:0", "q._.bob", "bob"),
+    ]
+    assert [d["container"] for d in overview.status(server.ds01(), "bob")["missing"]] == ["q._.bob"]
+    assert cli.main(["status"]) == 0
+    assert "1:0 (3g.40gb) of q._.bob is missing" in capsys.readouterr().out
+    for verb in (reconcile.foresee, reconcile.reconcile):
+        found = [action for action in verb(server.ds01()).actions if action.kind == "device.missing"]
+        assert [(action.subject, action.details["device"]) for action in found] == [
+            ("p._.alice", "0:0"),
+            ("q._.bob", "1:0"),
+        ]
+    assert not server.restore().problems
+    assert overview.status(server.ds01())["missing"] == []
+    assert not [action for action in reconcile.foresee(server.ds01()).actions if action.kind == "device.missing"]
 
 
 def test_what_is_only_missing_in_this_boot_is_cut_again(server: Server) -> None:

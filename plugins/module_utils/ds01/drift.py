@@ -13,10 +13,11 @@ from typing import Any
 
 from . import names, units
 from .limits import Config, resolve
+from .model import Allocation, Device
 from .names import ContainerName
 from .transitions import Outcome
 
-REPORTS = ("unmanaged.seen", "slice.deferred", "slice.moved")
+REPORTS = ("device.missing", "unmanaged.seen", "slice.deferred", "slice.moved")
 """Kinds of actions that only tell."""
 
 _SUBJECTS = {
@@ -87,6 +88,12 @@ def of_projection(container: str, user: str) -> Action:
 def of_service(unit: str) -> Action:
     """A service that gave way to another MIG mode, and was not started again."""
     return Action("service.started", unit, f"{unit} was left stopped by an earlier change of the MIG layout.")
+
+
+def of_missing(device: Device, whose: Allocation) -> Action:
+    """A device that somebody has and the host does not show."""
+    message = f"{device.id} ({device.profile}) of {whose.container} is missing: sudo ds01 restore cuts it again."
+    return Action("device.missing", whose.container, message, whose.user, {"uuid": device.uuid, "device": device.id})
 
 
 def of_records(written: Mapping[str, datetime], there: Collection[str], now: datetime) -> Iterator[Action]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from fractions import Fraction
@@ -192,6 +192,11 @@ class Ledger:
     def load(self) -> Mapping[str, int]:
         """How many devices of each GPU are taken, by the GPU's UUID."""
         return Counter(d.gpu_uuid for a in self.allocations.values() for d in a.devices)
+
+    def missing(self, inventory: Inventory) -> Sequence[tuple[Device, Allocation]]:
+        """What somebody has and the host does not show, such as after a reset of its GPU."""
+        recorded = ((device, a) for a in self.allocations.values() for device in a.devices)
+        return [(device, a) for device, a in recorded if inventory.find(device) is None]
 
     def of_user(self, user: str) -> tuple[Allocation, ...]:
         return self._by_user.get(user, ())

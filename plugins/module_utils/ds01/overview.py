@@ -11,14 +11,14 @@ from typing import Any
 from . import accounts, engine, limits, names, nvml, queueing, records, takeover, units
 from .allocations import Allocations
 from .errors import Ds01Error
-from .model import Device, Gpu, Ledger, Refusal
+from .model import Allocation, Device, Gpu, Ledger, Refusal
 from .observation import Observation
 from .placement import Situation
 from .transitions import describe, resolved
 
 
 def status(allocations: Allocations, user: str | None = None) -> dict[str, Any]:
-    """GPUs, devices with who has or uses them, allocations with when their hold ends, and who waits.
+    """GPUs, devices with who has or uses them, allocations with when their hold ends, who waits, and what is missing.
 
     `problems` says what could not be seen: an engine that does not answer does not hide the devices.
     """
@@ -42,8 +42,13 @@ def status(allocations: Allocations, user: str | None = None) -> dict[str, Any]:
         "devices": [_device(device, now, seen.occupied) for device in seen.inventory.devices],
         "allocations": [{**describe(a), "hold_ends": _time(situation.hold_end(a))} for a in shown],
         "queue": _queue(allocations, situation),
+        "missing": [_missing(d, a) for d, a in situation.missing if user in (None, a.user)],
         "problems": problems,
     }
+
+
+def _missing(device: Device, whose: Allocation) -> dict[str, Any]:
+    return {**records.device_record(device), "container": whose.container, "user": whose.user}
 
 
 def _queue(allocations: Allocations, situation: Situation) -> list[dict[str, Any]]:
@@ -84,6 +89,7 @@ def gather(allocations: Allocations, users: Sequence[str]) -> dict[str, Any]:
         "allocations": shown,
         "holds": [a for a in shown if a["status"] == "held"],
         "queue": seen.get("queue", []),
+        "missing": seen.get("missing", []),
         "containers": [_container(c) for c in found],
         "limits": {user: limits_of(user) for user in users},
         "versions": {

@@ -8,10 +8,11 @@ widens the wish: a MIG request is never answered with a whole GPU.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from fractions import Fraction
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from . import units
@@ -28,8 +29,8 @@ ANY = "any"
 """The wish for any device the user may have, the smallest first."""
 
 # What keeps a device from being granted; the first that applies counts.
-TAKEN, OCCUPIED, UNHEALTHY, BOOKED, KEPT = "taken", "occupied", "unhealthy", "booked", "kept"
-_OBSTACLES = (TAKEN, OCCUPIED, UNHEALTHY, BOOKED, KEPT)
+TAKEN, OCCUPIED, UNHEALTHY, CLAIMED, BOOKED, KEPT = "taken", "occupied", "unhealthy", "claimed", "booked", "kept"
+_OBSTACLES = (TAKEN, OCCUPIED, UNHEALTHY, CLAIMED, BOOKED, KEPT)
 _Seen = Sequence[tuple[Device, str]]  # a fitting device, and what keeps it from being granted
 
 
@@ -59,6 +60,11 @@ class Situation:
     queue: tuple[Waiter, ...] = ()
     reclaim: bool = True
     cuttable: Sequence[GpuState] = ()
+
+    @cached_property
+    def missing(self) -> Sequence[tuple[Device, Allocation]]:
+        """What somebody has and the host does not show: it may come back in its place."""
+        return self.ledger.missing(self.inventory)
 
 
 def decide(request: Request, limits: Limits, situation: Situation) -> Grant | Refusal:
@@ -168,9 +174,26 @@ def obstacle(device: Device, limits: Limits, situation: Situation) -> str:
         return OCCUPIED
     if device.health != "ok":
         return UNHEALTHY
+    if any(claims(device, situation)):
+        return CLAIMED
     if bookings(device, limits, situation):
         return BOOKED
     return KEPT if device.uuid in situation.kept else ""
+
+
+def claims(device: Device, situation: Situation) -> Iterator[tuple[Device, Allocation]]:
+    """What is missing and had room that this device has now, with who has it."""
+    return ((gone, whose) for gone, whose in situation.missing if _overlap(gone, device))
+
+
+def _overlap(one: Device, other: Device) -> bool:
+    """Whether two devices share room of a GPU; where one of them does not say which it has, they may."""
+    if one.gpu_uuid != other.gpu_uuid:
+        return False
+    if one.placement is None or other.placement is None:
+        return True
+    (first, size), (second, length) = one.placement, other.placement
+    return first < second + length and second < first + size
 
 
 def bookings(device: Device, limits: Limits, situation: Situation) -> list[Reservation]:
@@ -278,7 +301,7 @@ def _none_left(request: Request, wish: str, seen: _Seen, limits: Limits, situati
     passed = {name: _beyond(name, [problem for _, problem in seen]) for name in _OBSTACLES}
     if passed[UNHEALTHY] < request.gpus <= passed[OCCUPIED]:
         return _unhealthy(request, what, seen)
-    if passed[BOOKED] < request.gpus <= passed[UNHEALTHY]:
+    if passed[BOOKED] < request.gpus <= passed[CLAIMED]:
         return _reserved(what, seen, limits, situation)
     ends = _ends(seen, limits, situation)
     return Refusal(
@@ -333,6 +356,12 @@ def _in_the_way(wish: str, seen: _Seen, situation: Situation) -> str:
         if problem == OCCUPIED
     ]
     parts += [f"{d.id} is {d.health}" for d, problem in seen if problem == UNHEALTHY]
+    parts += [
+        f"{d.id} has the room of {gone.profile} that {whose.container} has and that is missing (sudo ds01 restore)"
+        for d, problem in seen
+        if problem == CLAIMED
+        for gone, whose in claims(d, situation)
+    ]
     parts += [f"{number[BOOKED]} reserved"] if number[BOOKED] else []
     parts += [f"{number[KEPT]} kept for requests that wait"] if number[KEPT] else []
     possible = [gpu for gpu in situation.cuttable if wish in gpu.table.by_name]

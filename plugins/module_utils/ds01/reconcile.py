@@ -210,6 +210,8 @@ def _of_settled(settled: Settled) -> Iterator[Action]:
     for container in settled.mended:
         allocation = settled.ledger.allocations.get(container)
         yield drift.of_projection(container, allocation.user if allocation else "")
+    for device, whose in settled.ledger.missing(settled.seen.inventory):
+        yield drift.of_missing(device, whose)
 
 
 # --- use without DS01

@@ -107,7 +107,8 @@ def _apply(ds01: Allocations, wanted: Wanted, force: Collection[str], say: Say, 
             if not planned.changed:
                 return planned
             if planned.recuts:
-                _check_writable(ds01)  # under the lock: whoever writes has the same name for what is not finished yet
+                # Under the lock: whoever writes has the same name for what is not finished yet.
+                _check_writable(ds01, planned.host.inventory)
             if planned.over:
                 ds01.give_back(transaction, planned.over, planned.host.running)
             inventory = cut(ds01, driver, transaction, planned, say)
@@ -187,11 +188,24 @@ def _spec_problem(ds01: Allocations, inventory: Inventory) -> str | None:
     return "NVIDIA's CDI spec has devices that are gone." if stale else ds01.cdi.problem(uuids, spec)
 
 
-def _check_writable(ds01: Allocations) -> None:
+def _check_writable(ds01: Allocations, inventory: Inventory) -> None:
     """Before anything is begun: whether what depends on a layout could be written. Raises Ds01Error."""
     ds01.saved_layout.check()
     if _has_toolkit():
-        toolkit.check(ds01.cdi.nvidia_targets())
+        try:
+            toolkit.check(ds01.cdi.nvidia_targets())
+        except Ds01Error as exc:
+            raise _because_of_lost(exc, inventory) from None
+
+
+def _because_of_lost(exc: Ds01Error, inventory: Inventory) -> Ds01Error:
+    """NVIDIA's tool describes all GPUs or none: where one is lost, that is what has to be told."""
+    lost = [f"GPU {gpu.index}" for gpu in inventory.gpus if gpu.health == "lost"]
+    if not lost or exc.reason != "driver_unavailable":
+        return exc
+    message = f"{', '.join(lost)} {'is' if len(lost) == 1 else 'are'} lost, and meanwhile no other can be cut anew"
+    hint = f"Reset what is lost (nvidia-smi --gpu-reset), or reboot this host. {exc.hint}"
+    return Ds01Error(exc.reason, f"{message}: {exc.message}", hint, **exc.details)
 
 
 def _has_toolkit() -> bool:
@@ -205,13 +219,13 @@ def cut_on_demand(
     """Cut GPUs for requests that were decided under this lock; the devices afterwards. Raises Ds01Error as
     `cut` does."""
     planned = partitions.planned(partitions.host(ds01, driver, transaction.ledger, seen), cuts)
-    _check_writable(ds01)
+    _check_writable(ds01, planned.host.inventory)
     return cut(ds01, driver, transaction, planned)
 
 
 def mend(ds01: Allocations, driver: nvml.Nvml, transaction: Transaction) -> None:
     """Put right what depends on the layout, as a run that was killed leaves it. Raises Ds01Error."""
-    _check_writable(ds01)
+    _check_writable(ds01, driver.inventory())
     spec = ds01.cdi.nvidia_spec() or {}
     known = {device.get("name") for device in spec.get("devices", ())}
     cut_by_it = {device.gpu_uuid for device in driver.inventory().devices if device.uuid not in known}
@@ -340,15 +354,22 @@ def _settle(
     """The saved layout, nodes, NVIDIA's spec, ledger and CDI devices, as the GPUs are now.
 
     In this order: as long as the spec does not hold the new devices nobody is given one, so whoever is
-    has it again after a reboot.
+    has it again after a reboot. Where the spec cannot be written the ledger still gets the devices' present names,
+    and only those get a CDI device whom the spec as it is describes; the error is raised then.
 
     `before` is the ledger before the change (without a `transaction` it is left alone), `broken` are
     containers that may have lost devices by it, `changed` the UUIDs of the GPUs whose layout is DS01's
     from now on.
     """
-    inventory = _describe(ds01, driver, changed)
+    problem: Ds01Error | None = None
+    try:
+        inventory = _describe(ds01, driver, changed)
+    except Ds01Error as exc:
+        problem, inventory = exc, driver.inventory()
     if transaction:
         _follow(ds01, transaction, before, broken, inventory)
+    if problem:
+        raise problem
     _check_described(ds01, inventory)
     return inventory
 
@@ -488,8 +509,9 @@ def restore(ds01: Allocations, say: Say = _silent) -> Restored:
 
     For a boot, before any container runs: it asks no engine that does not run yet, since its start may wait for
     this. GPU by GPU: one that cannot be cut again keeps no other from it, and is offered to nobody. One that was
-    cut again in this boot already loses nothing by it. An interruption counts between two GPUs, and is raised once
-    those that are done are settled. Raises Ds01Error where there is no driver, or no lock.
+    cut again in this boot already loses nothing by it, unless somebody's device is missing on it: then the driver was
+    loaded anew, which takes the instances and, on Hopper, the mode. An interruption counts between two GPUs, and is
+    raised once those that are done are settled. Raises Ds01Error where there is no driver, or no lock.
     """
     with nvml.session() as driver, ds01.store.locked():
         ledger, unreadable = _readable(ds01)
@@ -544,17 +566,18 @@ def _foresee_restore(
     """The host, the plan of each saved GPU by its UUID, and what cannot be restored."""
     host = partitions.host(ds01, driver, ledger, _look(ds01, driver, ledger))
     host = replace(host, gpus=geometry.completed(host.gpus))
-    there = {gpu.uuid: replace(gpu, missing=()) for gpu in host.gpus}  # what is missing comes back by it
+    there = {gpu.uuid: gpu for gpu in host.gpus}
     plans: dict[str, mig.Plan] = {}
     problems = [*unreadable]
     for uuid, saved in _saved(ds01, problems).gpus.items():
         if uuid not in there:
             problems.append(f"{uuid} is not there: it was removed, or the driver lost it.")
             continue
-        answer = mig.plan_placed(there[uuid], saved.layout)
+        gpu = there[uuid]
+        answer = mig.plan_placed(replace(gpu, missing=()), saved.layout)  # what is missing comes back by it
         if isinstance(answer, mig.LayoutRefusal):
             problems.append(answer.message)
-        elif saved.boot_id == processes.boot_id() and _takes_away(answer):
+        elif saved.boot_id == processes.boot_id() and _takes_away(answer) and not gpu.missing:
             problems.append(f"GPU {answer.gpu} was cut otherwise since it was restored: it is left as it is.")
         elif unreadable and _takes_away(answer):
             problems.append(f"GPU {answer.gpu} is cut otherwise, and without a ledger nobody knows who uses it.")

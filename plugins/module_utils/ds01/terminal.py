@@ -147,6 +147,11 @@ def status_text(status: Mapping[str, Any]) -> str:
             lines.append(f"GPU {gpu['index']} is {gpu['health']}: {gpu['health_reason']}.")
         elif gpu["mig"] and not any(d["gpu_uuid"] == gpu["uuid"] for d in status["devices"]):
             lines.append(f"GPU {gpu['index']} is in MIG mode and not cut: nothing on it can be allocated.")
+    for device in status["missing"]:
+        lines.append(
+            f"{device['id']} ({device['profile']}) of {device['container']} is missing, and its room is nobody else's: "
+            "sudo ds01 restore cuts it again."
+        )
     lines.extend(f"Not everything could be seen: {problem['msg']}" for problem in status["problems"])
     return "\n".join(lines)
 
