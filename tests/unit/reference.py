@@ -246,8 +246,14 @@ class Model:
         if holding.stopped_at is None:
             settled = box and box.status == "exited" and box.finished_at + FRACTION + SETTLED <= now
             return self._stopped(holding, box) if settled else holding
+        return self._left_of_hold(holding, box)
+
+    def _left_of_hold(self, holding: Holding, box: Box | None) -> Holding | None:
         end = self.hold_end(holding)
-        return None if end is not None and end <= now else holding
+        if end is None or end > self.world.clock:
+            return holding
+        once_more = box and box.status == "exited" and box.finished_at > holding.stopped_at
+        return self._stopped(holding, box) if once_more else None
 
     def _stopped(self, holding: Holding, box: Box) -> Holding | None:
         held = replace(holding, stopped_at=box.finished_at, pending_since=None, container_id=box.id)

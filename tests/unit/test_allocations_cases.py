@@ -282,7 +282,6 @@ def test_what_a_batch_did_before_is_in_what_it_promises(stage: Stage) -> None:
     assert refused.available_at == NOW + HOUR + MINUTE
 
 
-@pytest.mark.xfail(strict=True, reason="of a held container the engine is not asked when it last stopped")
 def test_a_hold_counts_from_the_last_stop(stage: Stage) -> None:
     """It was started and stopped with docker while it was held, and DS01 looked only afterwards."""
     box = stage.runs("p._.alice")

@@ -485,8 +485,10 @@ class Allocations:
         """The host as it is now: the engine, where there is one, and the driver's devices."""
         if engine.disabled():
             return self._observer.without_engine(driver)
+        ends, time = lifecycle.ends(now, self.config), self.clock()
+        over = {container for container, end in ends.items() if end <= time}  # if it did not run once more since
         harmless = self.config.policies.monitoring_containers
-        return self._observer.look(now, driver, stopping=stopping, harmless=harmless)
+        return self._observer.look(now, driver, stopping={*stopping, *over}, harmless=harmless)
 
     def _open(self, scope: _Scope, stack: contextlib.ExitStack, driver: nvml.Nvml | None = None) -> _Sources:
         """What is slow and does not depend on the ledger, done before its lock is taken: imports, the

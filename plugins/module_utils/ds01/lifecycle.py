@@ -67,8 +67,22 @@ def _due(allocation: Allocation, config: Config, seen: Mapping[str, Seen] | None
     if allocation.status == "active":
         settled = container and container.finished_at and container.finished_at + SETTLED <= time
         return _stopped(allocation, container, config, time) if container and container.stopped and settled else None
-    end = hold_end(allocation, config)
-    return _over(allocation, f"its hold ended at {units.format_time(end)}") if end and end <= time else None
+    return _hold(allocation, container, config, time)
+
+
+def _hold(held: Allocation, container: Seen | None, config: Config, time: datetime) -> Outcome | None:
+    """A hold that may be over, or began anew: its container was started and stopped again, and nobody saw it run."""
+    end = hold_end(held, config)
+    if end is None or end > time:
+        return None
+    if container and _ran_once_more(held, container):
+        return _stopped(held, container, config, time)
+    return _over(held, f"its hold ended at {units.format_time(end)}")
+
+
+def _ran_once_more(held: Allocation, container: Seen) -> bool:
+    finished = container.finished_at
+    return bool(finished and held.stopped_at and finished.replace(microsecond=0) > held.stopped_at)
 
 
 def _pending(allocation: Allocation, container: Seen | None, config: Config, time: datetime) -> Outcome | None:

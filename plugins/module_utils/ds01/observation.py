@@ -71,7 +71,7 @@ class Observer:
     def look(
         self, now: Ledger, driver: nvml.Nvml | None, *, stopping: Collection[str] = (), harmless: Collection[str] = ()
     ) -> Observation:
-        """The engine and the driver. `stopping` names containers whose stop is being reported, `harmless`
+        """The engine and the driver. `stopping` names containers of which it matters when they stopped, `harmless`
         those outside DS01 that may see GPUs without using them."""
         listing = self._engine().listing()
         seen = {c.name: self._seen(c, now, c.name in stopping) for c in listing.ours}
