@@ -23,7 +23,7 @@ NOTHING = Sample()
 @dataclass
 class World:
     """The container, its counters and the host's clocks. `told` is what was decided, with the minutes since the
-    beginning; the container stops when that is decided, unless `deaf`."""
+    beginning; the container stops when that is decided, and that is told, unless `deaf`."""
 
     config: Config
     container: Watched = CONTAINER
@@ -64,10 +64,12 @@ class World:
         watched = replace(self.container, running=self.running)
         self.last = decide(watched, sample or self.sample(), self.state, self.rules, self.clock)
         self.state = self.last.state
-        for action in self.last.actions:
-            self.told.append((self.elapsed / MINUTE, action))
-            if action.kind == "policy.stopped" and not self.deaf:
+        self.told += [(self.elapsed / MINUTE, action) for action in self.last.actions]
+        if self.last.stop:
+            self.told.append((self.elapsed / MINUTE, self.last.stop))
+            if not self.deaf:
                 self.stop()
+                self.state = self.state.stopped
         return self.last
 
     def minutes(self, count: int, each: Callable[[World], Any] | None = None, sample: Sample | None = None) -> World:

@@ -194,17 +194,100 @@ def test_a_word_of_warning_says_what_happens_when_and_what_helps() -> None:
     assert "will be stopped at 2025-11-21 11:01 UTC" in before
     assert w.minutes(10).last.notice == before  # the file is written once
     w.minutes(5)
-    assert w.told[-1][1].details == {
+    stop = w.told[-1][1]
+    assert stop.details == {
         "policy": IDLE,
         "measured": "30m",
         "limit": "30m",
         "stop_timeout": 60,
         "container_id": CONTAINER.id,
     }
-    assert "p._.alice is stopped: its GPU has not been used for 30m" in w.last.notice
-    after = w.last.notice
+    assert stop.message == (
+        "p._.alice is stopped: its GPU has not been used for 30m, and its idle_timeout is 30m. Its user was warned "
+        "that it would be at 2025-11-21 11:01 UTC. It can be started again until 2025-11-21 23:01 UTC; then it is "
+        "removed, with all its files but those in /workspace."
+    )
+    assert w.last.notice == before  # it is not stopped yet
+    after = w.minutes(1).last.notice
+    assert after == f"{stop.message}\n"
     assert w.minutes(60).last.notice == after  # until it starts again
     assert w.start().look().notice == ""
+
+
+@pytest.mark.parametrize(
+    ("hold", "says"),
+    [
+        (
+            "12h",
+            "It can be started again until 2025-11-21 23:01 UTC; then it is removed, with all its files but those in",
+        ),
+        (None, "Its files are kept, and it can be started again."),
+        (0, "It is removed, with all its files but those in /workspace."),
+    ],
+)
+def test_whoever_is_stopped_is_told_how_long_the_files_are_kept(hold: Any, says: str) -> None:
+    w = idle(30, **HALF_HOUR, container_hold_after_stop=hold)
+    assert says in w.told[-1][1].message
+
+
+def test_less_than_a_minute_is_no_0() -> None:
+    w = world(max_runtime="1m")
+    assert w.told[-1][1].message.startswith("p._.alice: it has been running for less than a minute; its max_runtime")
+
+
+# --- stops that take their time, or that nobody told
+
+
+def test_one_that_takes_its_time_to_end_is_asked_once_in_that_time() -> None:
+    w = world(max_runtime="30m", policies={"sigterm_grace": "10m"})
+    w.deaf = True
+    w.minutes(49)
+    stops = [minute for minute, what in w.kinds() if what == "stopped"]
+    assert stops == [30, 40]
+    assert "will be stopped" in w.last.notice
+
+
+def test_one_that_ended_after_all_is_told_once() -> None:
+    """Whoever asked the engine to stop it died, or did not wait so long."""
+    w = world(max_runtime="30m", policies={"sigterm_grace": "10m"})
+    w.deaf = True
+    w.minutes(32)
+    before = len(w.told)
+    w.stop()
+    w.minutes(3)
+    (late,) = (action for _, action in w.told[before:])
+    assert (late.kind, late.subject, late.user) == ("policy.stopped", CONTAINER.name, "alice")
+    assert late.message.startswith("p._.alice is stopped: it has been running for 30m")
+    assert (late.details, w.last.notice) == ({"policy": RUNTIME}, f"{late.message}\n")
+
+
+def test_one_that_ended_and_was_started_again_since_is_told_and_not_stopped_for_it() -> None:
+    w = world(max_runtime="30m", policies={"sigterm_grace": "10m"})
+    w.deaf = True
+    w.minutes(31)
+    before = len(w.told)
+    w.start().minutes(1)
+    assert [what for _, what in w.kinds()][before:] == ["stopped", "last warned"]
+    assert (w.last.stop, w.running) == (None, True)
+    assert [what for _, what in w.minutes(13).kinds()][before:] == ["stopped", "last warned"]
+
+
+def test_nobody_says_of_one_that_cannot_be_seen_that_it_ended() -> None:
+    w = world(max_runtime="30m", policies={"sigterm_grace": "2m"})
+    w.deaf = True
+    w.minutes(30)
+    before = len(w.told)
+    w.minutes(5, sample=NOTHING)
+    assert [what for _, what in w.kinds()][before:] == ["last warned"]
+
+
+def test_one_whose_stop_could_not_be_begun_is_stopped_at_the_next_look() -> None:
+    w = world(max_runtime="30m", policies={"sigterm_grace": "10m"})
+    w.deaf = True
+    w.minutes(30)
+    w.state = w.state.not_stopped
+    w.minutes(1)
+    assert [minute for minute, what in w.kinds() if what == "stopped"] == [30, 31]
 
 
 def test_whoever_uses_it_again_has_all_the_time_again() -> None:
@@ -751,8 +834,8 @@ def test_whatever_happens(rules: dict[str, Any], story: list[tuple[str, int]]) -
         new = [action for _, action in w.told[told_before:]]
         if (w.boot, w.started) != run_before:
             warned = {}
-        assert w.state.run is not None
-        warned = {policy: first for policy, first in warned.items() if policy in w.state.run.notices}
+        assert w.last.state.run is not None
+        warned = {policy: first for policy, first in warned.items() if policy in w.last.state.run.notices}
         for action in new:
             policy = action.details["policy"]
             assert rules[policy] is not None, "null is never"

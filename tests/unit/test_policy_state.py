@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from ds01.errors import Ds01Error
-from ds01.policies import DeviceUse, KeepAlive, Marks, Notice, Run, State
+from ds01.policies import DeviceUse, KeepAlive, Marks, Notice, Run, State, Stop
 from ds01.policy_state import PolicyStore
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +26,10 @@ NOTICES = st.dictionaries(
     st.sampled_from(["idle_timeout", "max_runtime"]), st.builds(Notice, st.integers(1, 2), SPANS, SPANS, TIMES)
 )
 POLICIES = st.lists(st.sampled_from(["idle_timeout", "max_runtime"]), unique=True).map(tuple)
-RUNS = st.builds(Run, st.text(), SPANS, SPANS, st.integers(0, 99), st.none() | MARKS, NOTICES, POLICIES)
+STOPS = st.builds(Stop, st.sampled_from(["idle_timeout", "max_runtime"]), SPANS)
+RUNS = st.builds(
+    Run, st.text(), SPANS, SPANS, st.integers(0, 99), st.none() | MARKS, NOTICES, POLICIES, st.none() | STOPS
+)
 STATES = st.builds(State, SPANS, st.none() | RUNS, st.none() | st.builds(KeepAlive, TIMES, SPANS), st.text())
 
 

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ds01 import enforcing, exclusion, memory, names, nvml, processes, reconcile, systemd_slices, usage
+from ds01 import exclusion, memory, names, nvml, processes, reconcile, systemd_slices, usage
 from ds01.allocations import Allocations
-from ds01.drift import Action
 from ds01.errors import Ds01Error
 from ds01.occupancy import Program
 from ds01.reconcile import Reconciled
@@ -341,14 +340,6 @@ def test_one_that_was_never_started_is_looked_at_once_more(server: Server, monke
         patch.setattr(Allocations, "settle", and_then)
         reconcile.reconcile(server.ds01)
     assert "r._.carol" in server.world.boxes
-
-
-def test_whoever_has_the_name_of_one_whose_time_is_over_goes_on(server: Server) -> None:
-    details = {"policy": "max_runtime", "stop_timeout": 5, "container_id": "id-of-the-one-before"}
-    stop = Action("policy.stopped", "p._.alice", "p._.alice is stopped.", "alice", details)
-    assert not enforcing.carry_out(server.ds01, stop)
-    assert server.world.boxes["p._.alice"].runs
-    assert server.told("policy.stopped") == []
 
 
 # --- how often it looks

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+from ds01 import reconcile, watchdog
+from ds01.enforcement import Enforcement
 from support import ROOT
 
 UNITS = sorted((ROOT / "roles" / "ds01_runtime" / "files").glob("*.service"))
@@ -21,6 +23,14 @@ def settings(request: pytest.FixtureRequest) -> list[tuple[str, str]]:
 
 def test_there_are_units() -> None:
     assert [unit.name for unit in UNITS] == ["ds01-reconcile.service", "ds01-restore.service"]
+
+
+def test_reconcile_ends_itself_before_its_unit_is_ended_and_waits_for_containers_within_its_time() -> None:
+    text = UNITS[0].read_text(encoding="utf-8")
+    (minutes,) = re.findall(r"^TimeoutStartSec=(\d+)min$", text, re.MULTILINE)
+    assert int(minutes) * 60 > reconcile.DEADLINE + watchdog._LAST_WORDS
+    grace = Enforcement().sigterm_grace.total_seconds()
+    assert reconcile._UNMANAGED_GRACE + grace < reconcile.PATIENCE <= reconcile.DEADLINE / 2
 
 
 def test_the_gpus_stay_in_reach(settings: list[tuple[str, str]]) -> None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import accounts, claims, engine, names
+from . import accounts, claims, engine, names, stopping
 from .allocations import Allocations
 from .engine import Container
 from .errors import Ds01Error, invalid_input
@@ -22,7 +21,6 @@ from .transitions import Change
 TIMEOUT = 5
 """Seconds between asking a container to stop and killing it."""
 
-_AT_ONCE = 32
 _ROUNDS = 3
 _GPU = re.compile(r"\d+([.:]\d+)?|(GPU|MIG)-[0-9A-Za-z/-]+")
 
@@ -185,25 +183,14 @@ def _devices(ds01: Allocations, container: Container, now: Ledger) -> Sequence[D
 
 def _end(ds01: Allocations, containers: Sequence[Container], timeout: int, report: Report) -> list[str]:
     """End them in parallel; the problems. What ended is in the report and in the audit log."""
-    if not containers:
-        return []
-    with ThreadPoolExecutor(min(_AT_ONCE, len(containers))) as pool:
-        problems = list(pool.map(lambda container: _end_one(container.name, timeout), containers))
-    for container, problem in zip(containers, problems, strict=True):
-        if problem is None and container.name not in report.stopped:
+    ends = {end.container: end for end in stopping.ends({container.name: timeout for container in containers})}
+    for container in containers:
+        if ends[container.name].fate == "over" and container.name not in report.stopped:
             report.stopped.append(container.name)
             ds01.events.write(
                 "container.stopped", ds01.clock(), user=container.user, container=container.name, reason="emergency"
             )
-    return [problem for problem in problems if problem]
-
-
-def _end_one(name: str, timeout: int) -> str | None:
-    try:
-        engine.connect().end(name, timeout)  # a connection of its own: they are not made to be shared by threads
-    except Ds01Error as exc:
-        return str(exc)
-    return None
+    return [str(error) for container in containers if (error := ends[container.name].error)]
 
 
 def _release(ds01: Allocations, seen: _Sight, report: Report) -> list[str]:

@@ -194,6 +194,10 @@ class Engine:
         """Stop it, and see that the engine lists it as stopped: it answers a moment before it does."""
         with _errors(f"stop {name}"):
             self._client.stop(name, timeout=timeout)
+        self.wait_until_listed(name)
+
+    def wait_until_listed(self, name: str) -> None:
+        """Wait a moment for the engine to list one of DS01's, which has stopped, as stopped."""
         deadline = time.monotonic() + _LISTED_WITHIN
         while self._is_listed_running(name) and time.monotonic() < deadline:
             time.sleep(_PAUSE)

@@ -17,6 +17,8 @@ _EXIT_CODES = {
     "ledger_unavailable": EXIT_UNAVAILABLE,
     "ledger_damaged": EXIT_UNAVAILABLE,
     "lock_timeout": EXIT_UNAVAILABLE,
+    "deadline_passed": EXIT_UNAVAILABLE,
+    "policy_state_damaged": EXIT_UNAVAILABLE,
     "permission_denied": EXIT_UNAVAILABLE,
     "library_missing": EXIT_UNAVAILABLE,
 }

@@ -107,11 +107,21 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class Stop:
+    """A stop that was decided: by which policy, and until when (an uptime) the container may take to end by itself.
+    As long as it stands nobody has told that it happened."""
+
+    policy: str
+    until: timedelta
+
+
+@dataclass(frozen=True)
 class Run:
     """What is known of a container since it last started, as of the look at `seen`.
 
     `idle` is how long nothing has been used, `streak` how many samples in a row have shown that; `notices` are the
-    warnings that stand, by policy, `exempted` the policies whose end an exemption has been noted to prevent.
+    warnings that stand, by policy, `exempted` the policies whose end an exemption has been noted to prevent, `stop`
+    how the container is being stopped.
     """
 
     boot_id: str
@@ -121,6 +131,7 @@ class Run:
     marks: Marks | None = None
     notices: Mapping[str, Notice] = field(default_factory=dict)
     exempted: tuple[str, ...] = ()
+    stop: Stop | None = None
 
 
 @dataclass(frozen=True)
@@ -134,24 +145,35 @@ class KeepAlive:
 @dataclass(frozen=True)
 class State:
     """What is remembered of a container, from one look to the next and over its restarts. `ran` is its running time
-    in all its runs, `farewell` says why it was stopped, until it starts again."""
+    in all its runs, `farewell` says why it is stopped, until it starts again."""
 
     ran: timedelta = _ZERO
     run: Run | None = None
     kept: KeepAlive | None = None
     farewell: str = ""
 
+    @property
+    def stopped(self) -> State:
+        """The state once the stop is over, and was told."""
+        return replace(self, run=None)
+
+    @property
+    def not_stopped(self) -> State:
+        """The state where the stop could not be begun: the next look decides anew."""
+        return replace(self, run=replace(self.run, stop=None) if self.run else None, farewell="")
+
 
 @dataclass(frozen=True)
 class Rules:
     """What holds for one container now. None is never; `shortened_from` is its idle_timeout without high demand,
-    where that differs."""
+    where that differs, `kept` how long it is kept once it stopped."""
 
     idle_timeout: timedelta | None = None
     max_runtime: timedelta | None = None
     enforcement: Enforcement = field(default_factory=Enforcement)
     shortened_from: timedelta | None = None
     exemptions: Mapping[str, Exemption] = field(default_factory=dict)
+    kept: timedelta | None = None
 
     def limit(self, policy: str) -> timedelta | None:
         return self.idle_timeout if policy == IDLE else self.max_runtime
@@ -159,21 +181,25 @@ class Rules:
 
 @dataclass(frozen=True)
 class Decision:
-    """What follows for one container: what to remember, what to do (policy.warned, policy.stopped,
-    policy.exempted), and what the notice in its workspace says now (empty: there is none)."""
+    """What follows for one container: what to tell (policy.warned, policy.exempted, and policy.stopped for a stop that
+    happened and that nobody told), whether to stop it, what to remember before that, and what the notice in its
+    workspace says now (empty: there is none)."""
 
     state: State
     actions: tuple[Action, ...] = ()
     notice: str = ""
+    stop: Action | None = None
 
 
 @dataclass(frozen=True)
 class Review:
-    """The decisions on all containers: states by container id, notices by container name."""
+    """The decisions on all containers: states by container id, notices by container name; what to tell, and whom to
+    stop then."""
 
     states: Mapping[str, State]
     actions: tuple[Action, ...]
     notices: Mapping[str, str]
+    stops: tuple[Action, ...] = ()
 
 
 def high_demand(config: Config, inventory: Inventory, ledger: Ledger) -> bool:
@@ -198,7 +224,7 @@ def rules_of(config: Config, container: Watched, time: datetime, *, demand: bool
         for policy in POLICIES
         if exemption.covers(policy, container.user, container.name, time)
     }
-    return Rules(idle, limits.max_runtime, enforcement, shortened_from, found)
+    return Rules(idle, limits.max_runtime, enforcement, shortened_from, found, limits.container_hold_after_stop)
 
 
 def review(
@@ -219,26 +245,40 @@ def review(
         states={c.id: d.state for c, d in decisions.items() if d.state != State()},
         actions=tuple(action for d in decisions.values() for action in d.actions),
         notices={c.name: d.notice for c, d in decisions.items() if d.notice},
+        stops=tuple(d.stop for d in decisions.values() if d.stop),
     )
 
 
 def decide(container: Watched, sample: Sample, state: State, rules: Rules, clock: Clock) -> Decision:
     """What follows from one look at a container."""
+    stop = state.run.stop if state.run else None
     if not container.running:
-        return Decision(replace(state, run=None), notice=state.farewell)
+        told = (_told_late(container, state, stop),) if stop else ()
+        return Decision(state.stopped, told, state.farewell)
     before = _same_run(state, sample.usage, clock)
+    if before and stop and clock.uptime < stop.until:
+        return Decision(state, notice=_notice(container, state, rules))  # the engine is at it
+    # It runs anew; where its use cannot be read, it may as well be the old run that does not end.
+    told = (_told_late(container, state, stop),) if stop and sample.usage and before is None else ()
+    state = replace(state, run=replace(before, stop=None) if before else None, farewell="")
     if before is None or clock.uptime - before.seen >= SHORTEST_STEP:
-        state = _seen(container, sample, replace(state, run=before, farewell=""), rules, clock)
-    return _judged(container, state, rules, clock)
+        state = _seen(container, sample, state, rules, clock)
+    decision = _judged(container, state, rules, clock)
+    return replace(decision, actions=(*told, *decision.actions))
+
+
+def _told_late(container: Watched, state: State, stop: Stop) -> Action:
+    """A stop that happened, and that nobody told: who asked for it died, or did not wait so long."""
+    return Action("policy.stopped", container.name, state.farewell.strip(), container.user, {"policy": stop.policy})
 
 
 def _same_run(state: State, usage: Usage | None, clock: Clock) -> Run | None:
     """The run that was last seen, if it still lasts: nothing of it outlives a restart, or the boot. Where it cannot
-    be told, it does, but for one that was to be stopped."""
+    be told, it does, but for one that was to be stopped by now."""
     run = state.run
     if run is None or run.boot_id != clock.boot_id or clock.uptime < run.seen:
         return None
-    lasts = usage.started <= run.seen if usage else not state.farewell
+    lasts = usage.started <= run.seen if usage else run.stop is None or clock.uptime < run.stop.until
     return run if lasts else None
 
 
@@ -338,9 +378,13 @@ def _judged(container: Watched, state: State, rules: Rules, clock: Clock) -> Dec
         state, action = _policy(policy, container, state, rules, clock)
         actions += [action] if action else []
     stop = next((action for action in actions if action.kind == "policy.stopped"), None)
-    if stop:
-        actions, state = [stop], replace(state, farewell=f"{stop.message} {_AFTERWARDS[stop.details['policy']]}\n")
-    return Decision(state, tuple(actions), state.farewell if stop else _notice(container, state, rules))
+    if stop is None or state.run is None:
+        return Decision(state, tuple(actions), _notice(container, state, rules))
+    until = clock.uptime + min(rules.enforcement.sigterm_grace, _FOR_EVER)
+    run = replace(state.run, stop=Stop(stop.details["policy"], until))
+    return Decision(
+        replace(state, run=run, farewell=f"{stop.message}\n"), notice=_notice(container, state, rules), stop=stop
+    )
 
 
 def _policy(policy: str, container: Watched, state: State, rules: Rules, clock: Clock) -> tuple[State, Action | None]:
@@ -359,7 +403,7 @@ def _policy(policy: str, container: Watched, state: State, rules: Rules, clock: 
         return state, None
     notice = run.notices.get(policy)
     if notice and measured >= limit and _may_end(notice, rules, clock):
-        return state, _stopped(policy, container, measured, rules, notice)
+        return state, _stopped(policy, container, measured, rules, notice, clock)
     later = _updated(notice, stage, limit - measured, rules, clock)
     state = _with_notice(state, run, policy, later)
     is_news = notice is None or later.stage > notice.stage or later.since > notice.since
@@ -426,13 +470,6 @@ def _exempted(policy: str, container: Watched, state: State, exemption: Exemptio
     return replace(state, run=replace(run, exempted=(*run.exempted, policy))), action
 
 
-_AFTERWARDS = {
-    IDLE: "Its files are kept for now; it can be started again.",
-    RUNTIME: "Its files are kept for now. The time counts over restarts: for more, make a new container or ask for "
-    "an exemption.",
-}
-
-
 def _warned(policy: str, container: Watched, measured: timedelta, rules: Rules, notice: Notice) -> Action:
     message = _warning(policy, container, measured, rules, notice)
     details = {**_details(policy, measured, rules), "stage": "last" if notice.stage > 1 else "first"}
@@ -441,14 +478,32 @@ def _warned(policy: str, container: Watched, measured: timedelta, rules: Rules, 
     return Action("policy.warned", container.name, message, container.user, details)
 
 
-def _stopped(policy: str, container: Watched, measured: timedelta, rules: Rules, notice: Notice) -> Action:
+def _stopped(
+    policy: str, container: Watched, measured: timedelta, rules: Rules, notice: Notice, clock: Clock
+) -> Action:
     message = (
         f"{container.name} is stopped: {_what(policy, container, measured)}, and its {policy} is "
-        f"{_limit_text(policy, rules)}. Its user was warned that it would be at {_text_time(notice.told)}."
+        f"{_limit_text(policy, rules)}. Its user was warned that it would be at {_text_time(notice.told)}. "
+        f"{_afterwards(policy, rules, clock)}"
     )
     grace = rules.enforcement.sigterm_grace.total_seconds()
     details = {**_details(policy, measured, rules), "stop_timeout": grace, "container_id": container.id}
     return Action("policy.stopped", container.name, message, container.user, details)
+
+
+def _afterwards(policy: str, rules: Rules, clock: Clock) -> str:
+    """What becomes of it, and of its files. It is kept a little longer than is said here: it stops after this look."""
+    if rules.kept is None:
+        text = "Its files are kept, and it can be started again."
+    elif not rules.kept:
+        return "It is removed, with all its files but those in /workspace."
+    else:
+        until = _text_time(units.after(clock.time, rules.kept))
+        text = f"It can be started again until {until}; then it is removed, with all its files but those in /workspace."
+    return text if policy == IDLE else f"{text} {_AGAIN}"
+
+
+_AGAIN = "The time counts over restarts: for more, make a new container or ask for an exemption."
 
 
 def _details(policy: str, measured: timedelta, rules: Rules) -> dict[str, object]:
@@ -498,7 +553,8 @@ _WHAT = {IDLE: "has not been used", RUNTIME: "has been running"}
 
 
 def _what(policy: str, container: Watched, measured: timedelta) -> str:
-    span = units.format_duration(timedelta(minutes=measured // timedelta(minutes=1)))
+    minutes = measured // timedelta(minutes=1)
+    span = units.format_duration(timedelta(minutes=minutes)) if minutes else "less than a minute"
     if policy == RUNTIME:
         return f"it has been running for {span}"
     return f"its GPU{'s have' if container.gpus > 1 else ' has'} not been used for {span}"

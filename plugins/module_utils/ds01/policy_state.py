@@ -15,7 +15,7 @@ from typing import Any
 
 from . import files, units
 from .errors import Ds01Error
-from .policies import DeviceUse, KeepAlive, Marks, Notice, Run, State
+from .policies import DeviceUse, KeepAlive, Marks, Notice, Run, State, Stop
 
 VERSION = 1
 
@@ -36,7 +36,10 @@ class PolicyStore:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as exc:
-            self.problem = f"{self._path} cannot be read ({exc}): idle and running times start anew."
+            self.problem = (
+                f"{self._path} cannot be read ({exc}): idle and running times start anew, and whoever was warned is "
+                "warned again."
+            )
             return {}
 
     def write(self, states: Mapping[str, State]) -> None:
@@ -100,6 +103,7 @@ def _run_record(run: Run) -> dict[str, Any]:
         "marks": _marks_record(run.marks) if run.marks else None,
         "notices": {policy: _notice_record(notice) for policy, notice in run.notices.items()},
         "exempted": list(run.exempted),
+        "stop": {"policy": run.stop.policy, "until": _seconds(run.stop.until)} if run.stop else None,
     }
 
 
@@ -141,6 +145,7 @@ def _state(raw: Mapping[str, Any]) -> State:
 
 
 def _run(raw: Mapping[str, Any]) -> Run:
+    stop = raw.get("stop")  # absent from files of earlier versions
     return Run(
         boot_id=raw["boot_id"],
         seen=_span(raw["seen"]),
@@ -149,6 +154,7 @@ def _run(raw: Mapping[str, Any]) -> Run:
         marks=_marks(raw["marks"]) if raw["marks"] else None,
         notices={policy: _notice(record) for policy, record in raw["notices"].items()},
         exempted=tuple(raw["exempted"]),
+        stop=Stop(stop["policy"], _span(stop["until"])) if stop else None,
     )
 
 

@@ -8,6 +8,7 @@ or stopped is looked at once more by itself. A stage that cannot do its work say
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -27,6 +28,7 @@ from . import (
     processes,
     publishing,
     slices,
+    stopping,
     strangers,
     telling,
     watchdog,
@@ -40,7 +42,11 @@ from .metrics import Picture
 from .strangers import Stranger
 
 DEADLINE = 300.0
-"""Seconds. A driver that hangs answers no call, and lets none be given up: then the process ends."""
+"""Seconds. What hangs answers no call, and lets none be given up: then the process ends, before its unit's time."""
+
+PATIENCE = 120.0
+"""Seconds of them in which one run waits for containers to end. The engine goes on with those that take longer, and
+the next run looks after them; the rest of the time is enough for everything else."""
 
 _UNMANAGED_GRACE = 30
 """Seconds that a container outside DS01 has to end by itself."""
@@ -77,8 +83,12 @@ class Reconciled:
 
 @dataclass
 class _Run:
-    """A run under way, and what its first look showed."""
+    """A run under way: what it is `at`, and what its first look showed; `patience` is left for waiting for containers
+    to end, and `notices` are those that stand in the workspaces."""
 
+    at: str = ""
+    patience: float = field(default_factory=lambda: PATIENCE)
+    notices: enforcing.Places = field(default_factory=dict)
     actions: list[Action] = field(default_factory=list)
     problems: list[Mapping[str, str]] = field(default_factory=list)
     settled: Settled | None = None
@@ -88,10 +98,30 @@ class _Run:
     @contextlib.contextmanager
     def stage(self, what: str) -> Iterator[None]:
         """One stage: where it fails, what it was about is a problem."""
+        before, self.at = self.at, what
         try:
             yield
         except Ds01Error as exc:
             self.problems.append({"stage": what, "reason": exc.reason, "msg": str(exc)})
+        finally:
+            self.at = before
+
+    def late(self) -> Ds01Error:
+        """It is not done in time. A driver that hangs would have been told long before."""
+        return Ds01Error(
+            "deadline_passed",
+            f"ds01 reconcile did not end within {DEADLINE:g} s. It was at: {self.at or 'its end'}.",
+            "What that asks may hang (systemctl status docker, dmesg, users' file systems). What was begun, the next "
+            "ds01 reconcile puts right.",
+        )
+
+    def ends(self, graces: Mapping[str, int]) -> Iterator[stopping.End]:
+        """End these containers side by side, in what is left of the time for that."""
+        began = time.monotonic()
+        try:
+            yield from stopping.ends(graces, self.patience)
+        finally:
+            self.patience -= time.monotonic() - began
 
     @property
     def untouched(self) -> bool:
@@ -116,9 +146,10 @@ def reconcile(ds01: Allocations) -> Reconciled:
     run, began = _Run(), memory.since_boot()
     with (
         exclusion.alone(ds01.paths.state / "reconcile.lock", "reconcile", _LOCK_WAIT),
-        watchdog.bounded(DEADLINE, "ds01 reconcile"),
+        watchdog.bounded(DEADLINE, run.late),
     ):
         known = memory.read(ds01.paths.memory)
+        run.notices = known.notices
         now = known.at(processes.boot_id(), ds01.clock(), memory.since_boot())
         with run.stage("services"):
             _resume(ds01, run)
@@ -130,7 +161,8 @@ def reconcile(ds01: Allocations) -> Reconciled:
             _forget(ds01, _leftover_records(ds01, run), run)
         with run.stage("policies"):
             if run.settled and run.uses is not None:
-                now = replace(now, notices=_enforce(ds01, run.settled, run.uses, now.notices, run))
+                _enforce(ds01, _without_removed(run.settled, run), run.uses, run)
+        now = replace(now, notices=run.notices)
         with run.stage("slices"):
             _set_slices(ds01, run)
         if now != known:
@@ -157,7 +189,10 @@ def foresee(ds01: Allocations) -> Reconciled:
         found = _strangers(ds01, settled)
         run.actions += [*_of_settled(settled), *strangers.seen(found, settled.seen.inventory, settled.ledger)]
         run.actions += _unmanaged_to_stop(ds01, settled, found, now.asked)
-        run.actions += enforcing.foresee(ds01, settled, uses)
+        with run.stage("policies"):
+            due = enforcing.look(ds01, settled, uses)
+            run.actions += due.actions
+            due.check()
     with run.stage("containers"):
         run.actions += [*_overdue(ds01, run, now), *_leftover_records(ds01, run)]
     with run.stage("slices"):
@@ -242,15 +277,14 @@ def _meet_strangers(ds01: Allocations, settled: Settled, now: Memory, run: _Run)
     ended = []
     programs = {str(stranger.program.pid): stranger.program.started for stranger in found if stranger.program}
     asked = {pid: began for pid, began in now.asked.items() if programs.get(pid) == began}
-    for action in _unmanaged_to_stop(ds01, settled, found, now.asked):
-        with run.stage(action.subject):
-            if not _stop_stranger(ds01, action):
-                continue
-            run.actions.append(action)
-            if "pid" in action.details:
-                asked[str(action.details["pid"])] = action.details["started"]
-            else:
-                ended.append(action.details["container_id"])
+    for action in _stopped_strangers(_unmanaged_to_stop(ds01, settled, found, now.asked), run):
+        telling.tell(action.user, action.message)
+        ds01.events.record(action, ds01.clock())
+        run.actions.append(action)
+        if "pid" in action.details:
+            asked[str(action.details["pid"])] = action.details["started"]
+        else:
+            ended.append(action.details["container_id"])
     left = [stranger for stranger in found if stranger.program or stranger.container_id not in ended]
     by_device = {action.subject: action.details["by"] for action in strangers.seen(left, seen, settled.ledger)}
     return replace(now, unmanaged=by_device, asked=asked)
@@ -265,16 +299,21 @@ def _unmanaged_to_stop(
     return list(strangers.stops(found, settled.seen.inventory, asked))
 
 
-def _stop_stranger(ds01: Allocations, action: Action) -> bool:
-    """Stop a container, or ask a process to end, with an event; False for a process that is gone. Raises Ds01Error."""
-    if "pid" in action.details:
-        if not processes.ask_to_end(action.details["pid"], action.details["started"]):
-            return False
-    else:
-        ds01.engine.end(action.details["container_id"], _UNMANAGED_GRACE)
-    telling.tell(action.user, action.message)
-    ds01.events.record(action, ds01.clock())
-    return True
+def _stopped_strangers(actions: Iterable[Action], run: _Run) -> Iterator[Action]:
+    """Stop containers, side by side, and ask processes to end; those for which that could be done, as it is."""
+    containers = {}
+    for action in actions:
+        if "pid" not in action.details:
+            containers[action.details["container_id"]] = action
+        elif processes.ask_to_end(action.details["pid"], action.details["started"]):
+            yield action
+    for end in run.ends(dict.fromkeys(containers, _UNMANAGED_GRACE)):
+        action = containers[end.container]
+        with run.stage(action.subject):
+            if end.error:
+                raise end.error
+        if end.fate == "over":
+            yield action
 
 
 # --- containers
@@ -335,29 +374,47 @@ def _forget(ds01: Allocations, actions: Iterable[Action], run: _Run) -> None:
 # --- idle and runtime limits
 
 
-def _enforce(
-    ds01: Allocations, settled: Settled, uses: enforcing.Uses, told: Mapping[str, str], run: _Run
-) -> dict[str, str]:
-    """Warn and stop; the notices that stand in the workspaces then."""
+def _enforce(ds01: Allocations, settled: Settled, uses: enforcing.Uses, run: _Run) -> None:
+    """Warn and stop."""
     found = enforcing.look(ds01, settled, uses)
-    stand = enforcing.leave_notices(settled, found.review.notices, told)
-    _carry_out(ds01, found.warnings, run)
+    texts = dict(found.review.notices)
+    _leave_notices(settled, texts, run)
+    for action in found.review.actions:
+        enforcing.tell(ds01, action)
+        run.actions.append(action)
     found.remember()
-    stopped = _carry_out(ds01, found.stops, run)
-    if stopped:
-        found.remember_ends({container.id for container in settled.seen.containers if container.name in stopped})
-    return stand
-
-
-def _carry_out(ds01: Allocations, actions: Iterable[Action], run: _Run) -> set[str]:
-    """Warn or stop; the containers for which that could be done."""
-    done = set()
-    for action in actions:
+    with run.stage("policies"):
+        _tell_damage(ds01, found)
+    for action, error in enforcing.stop(ds01, found, run.ends):
         with run.stage(action.subject):
-            if enforcing.carry_out(ds01, action):
-                run.actions.append(action)
-                done.add(action.subject)
-    return done
+            if error:
+                raise error
+            run.actions.append(action)
+            texts[action.subject] = found.farewell(action)
+            _leave_notices(settled, texts, run)
+            enforcing.hold(ds01, action)
+
+
+def _leave_notices(settled: Settled, texts: Mapping[str, str], run: _Run) -> None:
+    wanted = enforcing.notices(settled, texts)
+    enforcing.leave_notices(wanted, run.notices)
+    run.notices = wanted
+
+
+def _tell_damage(ds01: Allocations, found: enforcing.Round) -> None:
+    """Once, for by now the file is whole again. Raises Ds01Error."""
+    try:
+        found.check()
+    except Ds01Error as exc:
+        ds01.events.write("policy.state_lost", ds01.clock(), reason=exc.reason, message=str(exc))
+        raise
+
+
+def _without_removed(settled: Settled, run: _Run) -> Settled:
+    """What was seen, but for the containers that this run removed."""
+    gone = {action.details["container_id"] for action in run.actions if action.kind == "container.removed"}
+    left = tuple(container for container in settled.seen.containers if container.id not in gone)
+    return replace(settled, seen=replace(settled.seen, containers=left))
 
 
 # --- slices

@@ -82,8 +82,10 @@ def _replace(file: Path, data: bytes) -> None:
 
 
 def _run(*argv: str) -> subprocess.CompletedProcess[str]:
+    seconds = _TIMEOUT + _GRACE
+    late = watchdog.hangs(f"{' '.join(argv)} did not end within {seconds:g} s: the driver hangs.")
     try:
-        with watchdog.bounded(_TIMEOUT + _GRACE, " ".join(argv)):
+        with watchdog.bounded(seconds, lambda: late):
             return subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, check=False)
     except FileNotFoundError:
         raise Ds01Error("driver_unavailable", f"There is no {argv[0]} on this host.", _INSTALL) from None

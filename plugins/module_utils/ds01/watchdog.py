@@ -40,10 +40,9 @@ def tell(report: Callable[[Ds01Error], object]) -> None:
 
 
 @contextlib.contextmanager
-def bounded(seconds: float, what: str) -> Iterator[None]:
-    """End this process if the block is not done in time."""
-    error = _hangs(f"{what} did not end within {seconds:g} s: the driver or the engine hangs.")
-    timer = threading.Timer(seconds, _end, (error,))
+def bounded(seconds: float, late: Callable[[], Ds01Error]) -> Iterator[None]:
+    """End this process if the block is not done in time; `late` says then what takes so long."""
+    timer = threading.Timer(seconds, lambda: _end(late()))
     _start(timer)
     try:
         yield
@@ -89,10 +88,11 @@ class Watch:
                 continue
             name, seconds, began = under_way
             if time.monotonic() - began > seconds:
-                _end(_hangs(f"The NVIDIA driver hangs: {name} has not returned for {seconds:g} s."))
+                _end(hangs(f"The NVIDIA driver hangs: {name} has not returned for {seconds:g} s."))
 
 
-def _hangs(sentence: str) -> Ds01Error:
+def hangs(sentence: str) -> Ds01Error:
+    """The driver hangs, in this sentence, and what to do about it."""
     return Ds01Error("driver_unavailable", sentence, _HINT)
 
 
