@@ -637,6 +637,23 @@ def test_a_container_outside_is_reported_once_and_left(server: Server) -> None:
     del server.world.boxes["trainer"]
 
 
+def test_everybody_on_a_device_is_found_by_name(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign(server, "trainer", "0")
+    computing(server, monkeypatch, name="python3")
+    (action,) = reconcile.reconcile(server.ds01).result()["actions"]
+    assert [(who["container"], who["pid"], who["user"]) for who in action["by"]] == [
+        ("trainer", None, None),
+        (None, FOREIGN_PID, "bob"),
+    ]
+    server.is_settled()
+    (bobs,) = (event for event in server.events if event.get("user") == "bob" and event["event"] == "unmanaged.seen")
+    assert (bobs["device"], bobs["pid"], bobs["program"]) == ("0", FOREIGN_PID, "python3")
+    (trainers,) = (event for event in server.events if event.get("container") == "trainer")
+    assert trainers["message"] == "Device 0 is used without DS01 by container trainer (--gpus device=0)."
+    server.world.slots[0].foreign_process = False
+    del server.world.boxes["trainer"]
+
+
 def test_what_somebody_else_has_is_said(server: Server) -> None:
     device = server.ds01.store.read().allocations["p._.alice"].devices[0]
     foreign(server, "trainer", device.uuid)

@@ -217,7 +217,7 @@ def _of_settled(settled: Settled) -> Iterator[Action]:
 
 def _strangers(ds01: Allocations, settled: Settled) -> Sequence[Stranger]:
     seen, policies = settled.seen, ds01.config.policies
-    pids = {pid for pids in seen.processes.values() for pid in pids}
+    pids = {pid for pids in seen.processes.values() for pid in pids} | {use.pid for use in seen.uses if use.pid}
     around = strangers.Surroundings(
         own={container.id for container in seen.containers if container.own},
         outside={c.id: c.name for c in (*seen.containers, *seen.others) if not c.own},
@@ -233,10 +233,9 @@ def _meet_strangers(ds01: Allocations, settled: Settled, now: Memory, run: _Run)
 
     There is an event for whoever does and did not at the last run."""
     found, seen = _strangers(ds01, settled), settled.seen.inventory
-    for action in strangers.seen(found, seen, settled.ledger):
-        run.actions.append(action)
-        if now.unmanaged.get(action.subject) != action.details["by"]:
-            ds01.events.record(action, ds01.clock())
+    run.actions += strangers.seen(found, seen, settled.ledger)
+    for action in strangers.news(found, seen, settled.ledger, now.unmanaged):
+        ds01.events.record(action, ds01.clock())
     ended = []
     programs = {str(stranger.program.pid): stranger.program.started for stranger in found if stranger.program}
     asked = {pid: began for pid, began in now.asked.items() if programs.get(pid) == began}
@@ -250,8 +249,7 @@ def _meet_strangers(ds01: Allocations, settled: Settled, now: Memory, run: _Run)
             else:
                 ended.append(action.details["container_id"])
     left = [stranger for stranger in found if stranger.program or stranger.container_id not in ended]
-    by_device = {action.subject: action.details["by"] for action in strangers.seen(left, seen, settled.ledger)}
-    return replace(now, unmanaged=by_device, asked=asked)
+    return replace(now, unmanaged=strangers.names(left, seen), asked=asked)
 
 
 def _unmanaged_to_stop(
