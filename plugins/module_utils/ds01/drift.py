@@ -19,6 +19,9 @@ from .transitions import Outcome
 REPORTS = ("unmanaged.seen", "slice.deferred", "slice.moved")
 """Kinds of actions that only tell."""
 
+MEANT = ("slice.moved",)
+"""Those of them that tell of what is as it should be, and stays so for as long as somebody wants."""
+
 _SUBJECTS = {
     "service.started": "unit",
     "unmanaged.seen": "device",

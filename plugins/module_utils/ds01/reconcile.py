@@ -51,10 +51,12 @@ _LOCK_WAIT = 0.0
 
 @dataclass(frozen=True)
 class Reconciled:
-    """What was done, in order, and what could not be: a sentence each, with its reason code."""
+    """What was done, in order, and what could not be: a sentence each, with its reason code; `foreseen`: what would
+    be."""
 
     actions: tuple[Action, ...] = ()
     problems: tuple[Mapping[str, str], ...] = ()
+    foreseen: bool = False
 
     @property
     def changed(self) -> bool:
@@ -71,8 +73,15 @@ class Reconciled:
 
     def summary(self) -> str:
         """The run in a sentence."""
-        done = f"{len(self.actions)} to do or report" if self.actions else "everything is as it should be"
-        return f"{done}; {len(self.problems)} could not be looked at." if self.problems else f"{done}."
+        did, told = ("to do", "to report") if self.foreseen else ("done", "reported")
+        kinds = [action.kind for action in self.actions]
+        meant = sum(kind in drift.MEANT for kind in kinds)
+        reported = sum(kind in drift.REPORTS for kind in kinds) - meant
+        counts = {did: len(kinds) - reported - meant, told: reported}
+        parts = [f"{count} {what}" for what, count in counts.items() if count]
+        parts = parts or [f"nothing {did}" if self.problems else "everything is as it should be"]
+        more = {"to know of": meant, "could not be looked at or done": len(self.problems)}
+        return f"{'; '.join([*parts, *(f'{count} {what}' for what, count in more.items() if count)])}."
 
 
 @dataclass
@@ -163,7 +172,7 @@ def foresee(ds01: Allocations) -> Reconciled:
     with run.stage("slices"):
         if not engine.disabled():
             run.actions += slices.foresee(ds01.config, slices.users(run.containers(ds01)))
-    return run.done()
+    return replace(run.done(), foreseen=True)
 
 
 # --- services
