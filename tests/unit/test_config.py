@@ -98,8 +98,17 @@ HOSTILE: dict[str, tuple[str, list[str]]] = {
     "number of 5000 digits": (f"defaults: {{priority: {'9' * 5000}}}\n", ["resource-limits.yaml"]),
     "member no": ("groups: {r: {members: [no]}}\n", ["groups.r.members.0: False", "a quoted name"]),
     "member as a number": ("groups: {r: {members: [1001]}}\n", ["groups.r.members.0: 1001", "a quoted name"]),
-    "group with a space": ("groups: {'a b': {}}\n", ["groups", "a b"]),
+    "group with a space": (
+        "groups: {good: {members: [bob]}, 'a b': {}}\n",
+        ["groups: 'a b' is not", "a group name of letters, digits, '_', '.', '@' and '-'"],
+    ),
+    "group with an umlaut": ("groups: {höhere: {members: [bob]}}\n", ["groups: 'höhere' is not", "a group name of"]),
     "group with a slash": ("groups: {'../a': {}}\n", ["groups", "../a"]),
+    "group with a newline": ('groups: {"a\\n": {}}\n', ["groups: 'a\\n' is not", "a group name of"]),
+    "variable with a dash": (
+        "containers: {environment: {GOOD: '1', A-B: '2'}}\n",
+        ["containers.environment: 'A-B' is not", "a variable name of letters, digits and '_'"],
+    ),
     "default group with a newline": ('default_group: "student\\n"\n', ["default_group"]),
     "octal count": ("defaults: {max_mig_instances: 010}\n", ["defaults.max_mig_instances: '010'"]),
     "reserved device as a number": ("user_overrides: {a: {reserved_gpus: [0]}}\n", ["reserved_gpus.0: 0", "quoted"]),

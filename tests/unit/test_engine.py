@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import docker.errors
+import pytest
+import requests.exceptions
 from ds01.engine import Engine
+from ds01.errors import Ds01Error
 from ds01.occupancy import GpuUse
+from urllib3.exceptions import ProtocolError
 
 
 def listed(name: str | None, labels: dict[str, str] | None = None) -> dict[str, Any]:
@@ -55,6 +59,28 @@ def test_a_container_without_a_name_is_not_overlooked() -> None:
     listing = Engine(Client(listed(None), listed(None, MANAGED))).listing()
     assert [c.name for c in listing.others] == ["None00000000"]
     assert listing.ours == ()
+
+
+@pytest.mark.parametrize(
+    ("why", "reason", "hint"),
+    [
+        (PermissionError(13, "Permission denied"), "permission_denied", "Run as root."),
+        (
+            FileNotFoundError(2, "No such file or directory"),
+            "engine_unavailable",
+            "Check it with: systemctl status docker",
+        ),
+    ],
+    ids=["somebody else's", "not there"],
+)
+def test_whoever_may_not_use_the_engine_is_told_so(why: OSError, reason: str, hint: str) -> None:
+    class Unreachable:
+        def containers(self, **_: object) -> None:
+            raise requests.exceptions.ConnectionError(ProtocolError("Connection aborted.", why))
+
+    with pytest.raises(Ds01Error, match=f"could not list containers: {why.strerror}") as caught:
+        Engine(Unreachable()).containers()
+    assert (caught.value.reason, caught.value.hint) == (reason, hint)
 
 
 def test_a_container_that_is_gone_uses_nothing() -> None:

@@ -435,6 +435,38 @@ def test_no_record_goes_while_it_is_not_known_who_is_there(silent: str, server: 
     setattr(server.world, silent, True)
 
 
+# --- the run in a sentence
+
+
+def a_run(*kinds: str, problems: int = 0, foreseen: bool = False) -> Reconciled:
+    return Reconciled(tuple(Action(kind, "", "") for kind in kinds), ({},) * problems, foreseen)
+
+
+SUMMARIES = {
+    "settled": (a_run(), "everything is as it should be."),
+    "done": (a_run("gpu.released", "policy.warned"), "2 done."),
+    "foreseen": (a_run("gpu.released", foreseen=True), "1 to do."),
+    "reported": (a_run("unmanaged.seen", "slice.deferred"), "2 reported."),
+    "to be reported": (a_run("unmanaged.seen", foreseen=True), "1 to report."),
+    "both": (a_run("unmanaged.seen", "unmanaged.stopped"), "1 done; 1 reported."),
+    "as somebody wants it": (a_run("slice.moved"), "everything is as it should be; 1 to know of."),
+    "and more": (a_run("slice.moved", "slice.changed"), "1 done; 1 to know of."),
+    "not known": (a_run(problems=2), "nothing done; 2 could not be looked at or done."),
+    "nor foreseen": (a_run(problems=1, foreseen=True), "nothing to do; 1 could not be looked at or done."),
+}
+
+
+@pytest.mark.parametrize(("found", "says"), SUMMARIES.values(), ids=SUMMARIES)
+def test_the_summary_says_what_was_done_and_what_is_only_told(found: Reconciled, says: str) -> None:
+    assert found.summary() == says
+
+
+def test_a_report_of_drift_says_what_is_to_do(server: Server) -> None:
+    server.passes(HOUR)
+    assert reconcile.foresee(server.ds01).summary() == "1 to do."
+    assert reconcile.reconcile(server.ds01).summary() == "1 done."
+
+
 # --- what does not answer
 
 
@@ -465,7 +497,7 @@ def test_what_does_not_answer_is_told_and_nobody_is_harmed(
     found = reconcile.reconcile(server.ds01)
     assert {p["stage"]: p["reason"] for p in found.problems} == stages
     assert (server.ledger, found.actions) == (before, ())
-    assert found.summary() == f"everything is as it should be; {len(stages)} could not be looked at."
+    assert found.summary() == f"nothing done; {len(stages)} could not be looked at or done."
     server.world.driver_answers = server.world.engine_answers = True
     assert server.run() == ["gpu.released q._.bob"]
 
@@ -625,6 +657,23 @@ def test_a_container_outside_is_reported_once_and_left(server: Server) -> None:
     assert seen(server) == seen(server) == [message]
     assert server.told("unmanaged.seen") == [message], "one event"
     assert server.world.boxes["trainer"].runs
+    del server.world.boxes["trainer"]
+
+
+def test_everybody_on_a_device_is_found_by_name(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign(server, "trainer", "0")
+    computing(server, monkeypatch, name="python3")
+    (action,) = reconcile.reconcile(server.ds01).result()["actions"]
+    assert [(who["container"], who["pid"], who["user"]) for who in action["by"]] == [
+        ("trainer", None, None),
+        (None, FOREIGN_PID, "bob"),
+    ]
+    server.is_settled()
+    (bobs,) = (event for event in server.events if event.get("user") == "bob" and event["event"] == "unmanaged.seen")
+    assert (bobs["device"], bobs["pid"], bobs["program"]) == ("0", FOREIGN_PID, "python3")
+    (trainers,) = (event for event in server.events if event.get("container") == "trainer")
+    assert trainers["message"] == "Device 0 is used without DS01 by container trainer (--gpus device=0)."
+    server.world.slots[0].foreign_process = False
     del server.world.boxes["trainer"]
 
 

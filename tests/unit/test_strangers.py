@@ -79,6 +79,66 @@ def test_one_of_ds01s_without_an_allocation_is_told_and_spared() -> None:
     assert kinds(found) == []
 
 
+NOBODYS = Program(7, "process 7 (sleep of nobody)", "nobody", started=1, name="sleep")
+BOBS = Program(8, "process 8 (python3 of bob)", "bob", started=2, name="python3")
+TRAINER = GpuUse("trainer", everything=True, how="--gpus all", id="out", pid=9)
+OTHER = GpuUse("other", names=("0",), how="--gpus device=0", id="another")
+
+
+def on_gpu_0(*programs: Program, uses: tuple[GpuUse, ...] = ()) -> tuple[Stranger, ...]:
+    known = {program.pid: program for program in (*programs, Program(9, "process 9", "alice", container_id="out"))}
+    return strangers.find(TWO, Ledger(), uses, {"GPU-0": [p.pid for p in programs]}, known, AROUND)
+
+
+# name: who is on GPU 0, how the sentence names them, whose the action is
+CROWDS = {
+    "one": (on_gpu_0(NOBODYS), "process 7 (sleep of nobody)", "nobody"),
+    "two users": (on_gpu_0(NOBODYS, BOBS), "process 7 (sleep of nobody) and process 8 (python3 of bob)", ""),
+    "two of one user": (
+        on_gpu_0(BOBS, replace(BOBS, pid=10)),
+        "process 8 (python3 of bob) and process 8 (python3 of bob)",
+        "bob",
+    ),
+    "two containers": (
+        on_gpu_0(uses=(TRAINER, OTHER)),
+        "container trainer (--gpus all) and container other (--gpus device=0)",
+        "",
+    ),
+    "many": (
+        on_gpu_0(*(Program(pid, f"process {pid}", "bob", started=1) for pid in (1, 2, 3, 4, 5))),
+        "process 1, process 2, process 3 and 2 more",
+        "bob",
+    ),
+}
+
+
+@pytest.mark.parametrize(("on_it", "who", "user"), CROWDS.values(), ids=CROWDS)
+def test_all_who_use_a_device_are_named_in_one_action(on_it: tuple[Stranger, ...], who: str, user: str) -> None:
+    action = next(iter(strangers.seen(on_it, TWO, Ledger())))
+    assert (action.subject, action.user) == ("0", user)
+    assert action.message == f"Device 0 is used without DS01 by {who}."
+    assert action.details["by"] == [stranger.record() for stranger in on_it if "GPU-0" in stranger.devices]
+    assert "pid" not in action.event()
+
+
+def test_each_of_them_has_an_event_of_its_own() -> None:
+    found = on_gpu_0(NOBODYS, BOBS, uses=(TRAINER,))
+    told = [action.event() for action in strangers.news(found, TWO, Ledger(), {}) if action.subject == "0"]
+    assert [(e["user"], e["device"], e["container"], e["pid"], e["program"]) for e in told] == [
+        ("alice", "0", "trainer", None, None),
+        ("nobody", "0", None, 7, "sleep"),
+        ("bob", "0", None, 8, "python3"),
+    ]
+    assert told[1]["message"] == "Device 0 is used without DS01 by process 7 (sleep of nobody)."
+
+
+def test_only_who_was_not_there_before_is_news() -> None:
+    before = strangers.names(on_gpu_0(NOBODYS), TWO)
+    assert before == {"0": ["process 7 (sleep of nobody)"]}
+    assert [a.user for a in strangers.news(on_gpu_0(NOBODYS, BOBS), TWO, Ledger(), before)] == ["bob"]
+    assert not list(strangers.news((), TWO, Ledger(), before)), "nor who left"
+
+
 def test_a_process_is_asked_once() -> None:
     found = find(program())
     assert not list(strangers.stops(found, TWO, {"7": 1}))

@@ -101,8 +101,12 @@ def _explain(exc: Any) -> str:
         path = key if where == "the file" else f"{where}.{key}"
         suggestion = f"; did you mean {near[0]}?" if near else f"; valid here: {', '.join(known)}."
         return f"{path}: unknown key{suggestion}"
-    expected = exc.definition.get("x-expected") or exc.message.split(" must be ")[-1]
-    return f"{where}: {reprlib.repr(exc.value):.120} is not allowed here; expected {expected}."
+    definition, value = exc.definition, exc.value
+    if exc.rule == "propertyNames" and isinstance(value, Mapping):
+        definition = definition["propertyNames"]
+        value = next(key for key in value if not re.fullmatch(definition["pattern"], str(key)))
+    expected = definition.get("x-expected") or exc.message.split(" must be ")[-1]
+    return f"{where}: {reprlib.repr(value):.120} is not allowed here; expected {expected}."
 
 
 def _members(directory: Path) -> dict[str, tuple[str, ...]]:

@@ -20,6 +20,9 @@ from .transitions import Outcome
 REPORTS = ("device.missing", "unmanaged.seen", "slice.deferred", "slice.moved")
 """Kinds of actions that only tell."""
 
+MEANT = ("slice.moved",)
+"""Those of them that tell of what is as it should be, and stays so for as long as somebody wants."""
+
 _SUBJECTS = {
     "service.started": "unit",
     "unmanaged.seen": "device",
@@ -57,10 +60,14 @@ class Action:
             **self.details,
         }
 
-    def event(self) -> dict[str, str]:
-        """The action as the fields of its event, those that it does not have empty."""
-        what = {} if "pid" in self.details else {_SUBJECTS.get(self.kind, "container"): self.subject}
-        return {"user": self.user, **what, "reason": str(self.details.get("policy", "")), "message": self.message}
+    def event(self) -> dict[str, object]:
+        """The action as the fields of its event, those that it does not have empty or None."""
+        about = {_SUBJECTS.get(self.kind, "container"): self.subject}
+        if self.kind == "unmanaged.stopped" and "pid" in self.details:
+            about = {}
+        who = {key: self.details[key] for key in ("container", "pid", "program") if key in self.details}
+        reason = self.details.get("policy", "")
+        return {"user": self.user, **about, **who, "reason": reason, "message": self.message}
 
 
 @dataclass(frozen=True)

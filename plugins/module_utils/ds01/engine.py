@@ -329,7 +329,8 @@ def disabled() -> bool:
 def connect() -> Engine:
     """The engine that DOCKER_HOST names, else the local one.
 
-    Raises Ds01Error `engine_unavailable`, or `library_missing` without the Docker SDK.
+    Raises Ds01Error `engine_unavailable`, `permission_denied` where this user may not use its socket, or
+    `library_missing` without the Docker SDK.
     """
     docker = require("docker", "docker")
     with _errors("connect"):
@@ -357,23 +358,27 @@ def _errors(action: str) -> Iterator[None]:
             raise _no_device(action, exc) from None
         raise Ds01Error("engine_error", f"The Docker engine could not {action}: {exc.explanation}") from None
     except (docker.errors.DockerException, requests.exceptions.RequestException) as exc:
-        where = os.environ.get("DOCKER_HOST", "its default socket")
-        raise Ds01Error(
-            "engine_unavailable",
-            f"The Docker engine does not answer on {where} (could not {action}: {_cause(exc)}).",
-            "Check it with: systemctl status docker",
-        ) from None
+        raise _unreachable(action, exc) from None
 
 
-def _cause(exc: BaseException) -> str:
-    """The operating system's own word for it, from under the layers of HTTP libraries."""
+def _unreachable(action: str, exc: BaseException) -> Ds01Error:
+    where, cause = os.environ.get("DOCKER_HOST", "its default socket"), _cause(exc)
+    words = cause.strerror if cause else type(exc).__name__
+    if isinstance(cause, PermissionError):
+        message = f"The Docker engine may not be used on {where} (could not {action}: {words})."
+        return Ds01Error("permission_denied", message, "Run as root.")
+    message = f"The Docker engine does not answer on {where} (could not {action}: {words})."
+    return Ds01Error("engine_unavailable", message, "Check it with: systemctl status docker")
+
+
+def _cause(exc: BaseException) -> OSError | None:
+    """The operating system's own error, from under the layers of HTTP libraries."""
     seen: BaseException | None = exc
     while seen is not None:
-        inner = next((arg for arg in seen.args if isinstance(arg, BaseException)), None) or seen.__context__
         if isinstance(seen, OSError) and seen.strerror:
-            return seen.strerror
-        seen = inner
-    return type(exc).__name__
+            return seen
+        seen = next((arg for arg in seen.args if isinstance(arg, BaseException)), None) or seen.__context__
+    return None
 
 
 def _no_device(action: str, exc: Any) -> Ds01Error:

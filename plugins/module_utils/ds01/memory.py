@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -32,7 +32,7 @@ class Memory:
     boot_id: str = ""
     offset: float | None = None
     distrust_until: float = 0.0
-    unmanaged: Mapping[str, str] = field(default_factory=dict)
+    unmanaged: Mapping[str, Sequence[str]] = field(default_factory=dict)
     notices: Mapping[str, str] = field(default_factory=dict)
     asked: Mapping[str, int] = field(default_factory=dict)
 

@@ -52,8 +52,8 @@ class GpuUse:
 @dataclass(frozen=True)
 class Program:
     """A process that computes on a device. `who` says it in a phrase, `user` is its owner's login, `unit` what systemd
-    runs it in, `container_id` the container that its cgroup belongs to (empty: none). `started` tells it from a
-    later one of its number; None: it is gone, or not to be seen from here."""
+    runs it in, `container_id` the container that its cgroup belongs to (empty: none), `name` what it runs. `started`
+    tells it from a later one of its number; None: it is gone, or not to be seen from here."""
 
     pid: int
     who: str
@@ -61,6 +61,7 @@ class Program:
     unit: str = ""
     container_id: str = ""
     started: int | None = None
+    name: str = ""
 
 
 def gpu_use(inspected: Mapping[str, Any]) -> GpuUse | None:

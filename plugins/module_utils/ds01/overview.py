@@ -79,7 +79,7 @@ def gather(allocations: Allocations, users: Sequence[str]) -> dict[str, Any]:
         return part(lambda: limits.as_dict(allocations.limits(user)), None)
 
     seen = part(lambda: status(allocations), {})
-    problems.extend(p for p in seen.get("problems", ()) if p["reason"] != "engine_unavailable")
+    problems.extend(seen.get("problems", ()))
     version = part(lambda: dict(allocations.engine.version()), {}) if not engine.disabled() else {}
     found = part(allocations.engine.containers, ()) if version else ()
     shown = seen.get("allocations", [])
@@ -97,7 +97,7 @@ def gather(allocations: Allocations, users: Sequence[str]) -> dict[str, Any]:
             "engine": version.get("Version"),
             "python": platform.python_version(),
         },
-        "problems": problems,
+        "problems": [problem for index, problem in enumerate(problems) if problem not in problems[:index]],
     }
 
 

@@ -49,7 +49,8 @@ def program(pid: int) -> Program:
     """A process, with what it belongs to; only its number of one that is gone or not to be seen from here."""
     began, client = started(pid), Client(pid, *_owner(pid), _unit(pid))
     container = next((found[1] for part in _cgroup(pid) if (found := _CONTAINER.fullmatch(part))), "")
-    return Program(pid, str(client), client.user, client.unit, container, began if client.name else None)
+    seen = began if client.name else None
+    return Program(pid, str(client), client.user, client.unit, container, seen, client.name)
 
 
 def ask_to_end(pid: int, began: int) -> bool:

@@ -57,10 +57,12 @@ _LOCK_WAIT = 0.0
 
 @dataclass(frozen=True)
 class Reconciled:
-    """What was done, in order, and what could not be: a sentence each, with its reason code."""
+    """What was done, in order, and what could not be: a sentence each, with its reason code; `foreseen`: what would
+    be."""
 
     actions: tuple[Action, ...] = ()
     problems: tuple[Mapping[str, str], ...] = ()
+    foreseen: bool = False
 
     @property
     def changed(self) -> bool:
@@ -77,8 +79,15 @@ class Reconciled:
 
     def summary(self) -> str:
         """The run in a sentence."""
-        done = f"{len(self.actions)} to do or report" if self.actions else "everything is as it should be"
-        return f"{done}; {len(self.problems)} could not be looked at." if self.problems else f"{done}."
+        did, told = ("to do", "to report") if self.foreseen else ("done", "reported")
+        kinds = [action.kind for action in self.actions]
+        meant = sum(kind in drift.MEANT for kind in kinds)
+        reported = sum(kind in drift.REPORTS for kind in kinds) - meant
+        counts = {did: len(kinds) - reported - meant, told: reported}
+        parts = [f"{count} {what}" for what, count in counts.items() if count]
+        parts = parts or [f"nothing {did}" if self.problems else "everything is as it should be"]
+        more = {"to know of": meant, "could not be looked at or done": len(self.problems)}
+        return f"{'; '.join([*parts, *(f'{count} {what}' for what, count in more.items() if count)])}."
 
 
 @dataclass
@@ -198,7 +207,7 @@ def foresee(ds01: Allocations) -> Reconciled:
     with run.stage("slices"):
         if not engine.disabled():
             run.actions += slices.foresee(ds01.config, slices.users(run.containers(ds01)))
-    return run.done()
+    return replace(run.done(), foreseen=True)
 
 
 # --- services
@@ -254,7 +263,7 @@ def _of_settled(settled: Settled) -> Iterator[Action]:
 
 def _strangers(ds01: Allocations, settled: Settled) -> Sequence[Stranger]:
     seen, policies = settled.seen, ds01.config.policies
-    pids = {pid for pids in seen.processes.values() for pid in pids}
+    pids = {pid for pids in seen.processes.values() for pid in pids} | {use.pid for use in seen.uses if use.pid}
     around = strangers.Surroundings(
         own={container.id for container in seen.containers if container.own},
         outside={c.id: c.name for c in (*seen.containers, *seen.others) if not c.own},
@@ -270,10 +279,9 @@ def _meet_strangers(ds01: Allocations, settled: Settled, now: Memory, run: _Run)
 
     There is an event for whoever does and did not at the last run."""
     found, seen = _strangers(ds01, settled), settled.seen.inventory
-    for action in strangers.seen(found, seen, settled.ledger):
-        run.actions.append(action)
-        if now.unmanaged.get(action.subject) != action.details["by"]:
-            ds01.events.record(action, ds01.clock())
+    run.actions += strangers.seen(found, seen, settled.ledger)
+    for action in strangers.news(found, seen, settled.ledger, now.unmanaged):
+        ds01.events.record(action, ds01.clock())
     ended = []
     programs = {str(stranger.program.pid): stranger.program.started for stranger in found if stranger.program}
     asked = {pid: began for pid, began in now.asked.items() if programs.get(pid) == began}
@@ -286,8 +294,7 @@ def _meet_strangers(ds01: Allocations, settled: Settled, now: Memory, run: _Run)
         else:
             ended.append(action.details["container_id"])
     left = [stranger for stranger in found if stranger.program or stranger.container_id not in ended]
-    by_device = {action.subject: action.details["by"] for action in strangers.seen(left, seen, settled.ledger)}
-    return replace(now, unmanaged=by_device, asked=asked)
+    return replace(now, unmanaged=strangers.names(left, seen), asked=asked)
 
 
 def _unmanaged_to_stop(
