@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from ds01.errors import Ds01Error
-from ds01.exclusion import alone
+from ds01.exclusion import alone, is_busy
 from support import ROOT
 
 HOLD = """
@@ -32,10 +32,15 @@ def test_a_second_request_waits_and_is_told_and_a_dead_one_is_in_nobody_s_way(tm
         with pytest.raises(Ds01Error) as caught, alone(lock, "p._.alice", timeout=0.1):
             pytest.fail("two at once")
         assert caught.value.reason == "container_busy"
+        assert caught.value.message == f"Another request for p._.alice is at work (pid {first.pid})."
+        assert (is_busy(lock, "p._.alice"), is_busy(lock, "p._.bob")) == (True, False)
+        assert not is_busy(tmp_path / "none", "p._.alice")
+        assert not (tmp_path / "none").exists()
         with alone(lock, "p._.bob", timeout=0.1):
             pass
         first.send_signal(signal.SIGKILL)
         first.wait()
+    assert not is_busy(lock, "p._.alice")
     with alone(lock, "p._.alice", timeout=0.1):
         pass
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYetError
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ds01 import exclusion, memory, names, nvml, processes, reconcile, systemd_slices, usage
+from ds01 import memory, names, nvml, processes, reconcile, systemd_slices, usage
 from ds01.allocations import Allocations
+from ds01.drift import Action
 from ds01.errors import Ds01Error
 from ds01.occupancy import Program
 from ds01.reconcile import Reconciled
@@ -523,24 +527,43 @@ def test_a_limits_file_with_a_mistake_says_what_to_do_to_nobody(server: Server) 
     assert server.host.tree() == before
 
 
-def test_it_never_runs_twice_at_a_time(server: Server) -> None:
+@contextlib.contextmanager
+def another_run(server: Server) -> Iterator[subprocess.Popen[bytes]]:
+    """One that is at work until its input ends."""
     code = (
-        "import sys; sys.path[:0] = sys.argv[1:3]\n"
+        "import sys; sys.path[:0] = sys.argv[1:2]\n"
         "from pathlib import Path; from ds01 import exclusion\n"
-        "with exclusion.alone(Path(sys.argv[3]), 'reconcile'):\n  print(flush=True); sys.stdin.read()"
+        "with exclusion.alone(Path(sys.argv[2]), 'reconcile'):\n  print(flush=True); sys.stdin.read()"
     )
-    root = str(next(p for p in sys.path if p.endswith("module_utils")))
-    argv = [sys.executable, "-c", code, root, root, str(server.host.state / "reconcile.lock")]
+    root = next(p for p in sys.path if p.endswith("module_utils"))
+    argv = [sys.executable, "-c", code, root, str(server.host.state / "reconcile.lock")]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout
         other.stdout.readline()
+        yield other
+        other.communicate()
+
+
+def test_it_never_runs_twice_at_a_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconcile, "_LOCK_WAIT", 0.1)
+    server.passes(HOUR)
+    with another_run(server) as other:
         with pytest.raises(Ds01Error) as caught:
             reconcile.reconcile(server.ds01)
-        assert caught.value.reason == "container_busy"
+        assert caught.value.reason == "lock_timeout"
+        assert caught.value.message == f"Another reconcile runs (pid {other.pid}), and did not end within 0.1 s."
         assert reconcile.foresee(server.ds01).problems == (), "who only looks waits for nobody"
+    assert server.run() == ["gpu.released q._.bob"]
+
+
+def test_a_second_run_waits_for_the_first(server: Server) -> None:
+    server.passes(HOUR)
+    with another_run(server) as other, ThreadPoolExecutor(1) as thread:
+        second = thread.submit(reconcile.reconcile, server.ds01)
+        with pytest.raises(NotYetError):
+            second.result(timeout=0.3)
         other.communicate()
-    with exclusion.alone(server.host.state / "reconcile.lock", "reconcile"):
-        pass
+        assert said(second.result(timeout=10)) == ["gpu.released q._.bob"]
 
 
 # --- clocks that are set

@@ -40,3 +40,10 @@ def test_the_gpus_stay_in_reach(settings: list[tuple[str, str]]) -> None:
 def test_no_unit_starts_an_engine_that_an_admin_stopped(settings: list[tuple[str, str]]) -> None:
     wants = [value for name, value in settings if name in ("Wants", "Requires", "BindsTo", "Upholds")]
     assert not any("docker" in value for value in wants)
+
+
+def test_a_run_that_waits_for_another_may_do_so() -> None:
+    """Both end by themselves, before systemd ends the unit."""
+    unit = (ROOT / "roles" / "ds01_runtime" / "files" / "ds01-reconcile.service").read_text(encoding="utf-8")
+    (minutes,) = re.findall(r"^TimeoutStartSec=(\d+)min$", unit, re.MULTILINE)
+    assert int(minutes) * 60 > reconcile._LOCK_WAIT + reconcile.DEADLINE > reconcile.DEADLINE * 2

@@ -51,8 +51,8 @@ the next run looks after them; the rest of the time is enough for everything els
 _UNMANAGED_GRACE = 30
 """Seconds that a container outside DS01 has to end by itself."""
 
-_LOCK_WAIT = 0.0
-"""Seconds: a second run does not wait for the first, which does its work."""
+_LOCK_WAIT = DEADLINE + 10
+"""Seconds that a second run waits for the first: by then that one has ended, or ended itself."""
 
 
 @dataclass(frozen=True)
@@ -148,16 +148,16 @@ class _Run:
 def reconcile(ds01: Allocations) -> Reconciled:
     """Bring ledger, CDI devices, containers and slices into agreement with the limits file and with what is there.
 
-    Raises Ds01Error `container_busy` while another run is at work, `config_invalid` for a limits file with a
-    mistake: it says what to do to nobody.
+    Raises Ds01Error `lock_timeout` where another run does not end, `config_invalid` for a limits file with a mistake:
+    it says what to do to nobody.
     """
-    _ = ds01.config
-    run, began = _Run(), memory.since_boot()
+    run = _Run()
     with (
-        exclusion.alone(ds01.paths.state / "reconcile.lock", "reconcile", _LOCK_WAIT),
+        exclusion.only(ds01.paths.state / "reconcile.lock", "reconcile", _LOCK_WAIT, _does_not_end),
         watchdog.bounded(DEADLINE, run.late),
     ):
-        known = memory.read(ds01.paths.memory)
+        _ = ds01.config
+        known, began = memory.read(ds01.paths.memory), memory.since_boot()
         run.notices = known.notices
         now = known.at(processes.boot_id(), ds01.clock(), memory.since_boot())
         with run.stage("services"):
@@ -208,6 +208,14 @@ def foresee(ds01: Allocations) -> Reconciled:
         if not engine.disabled():
             run.actions += slices.foresee(ds01.config, slices.users(run.containers(ds01)))
     return replace(run.done(), foreseen=True)
+
+
+def _does_not_end(holder: str) -> Ds01Error:
+    return Ds01Error(
+        "lock_timeout",
+        f"Another reconcile runs ({holder}), and did not end within {_LOCK_WAIT:g} s.",
+        "Try again; if it never ends, the driver or the engine hangs: dmesg shows why.",
+    )
 
 
 # --- services
