@@ -399,8 +399,9 @@ class Server:
             assert set(uuids) <= there.keys()
         missing = [node for its in there.values() for node in its if not (self.root / node.lstrip("/")).exists()]
         assert missing == [], "device nodes are missing"
-        if not there:
-            return self._check_nothing_left()  # nvidia-ctk writes no spec without devices
+        if not there:  # nvidia-ctk writes no spec without devices
+            assert not self.nvidia_spec.exists(), "NVIDIA's spec holds devices that are gone"
+            return self._check_nothing_left()
         named = {d["name"]: d for d in self.nvidia_devices()}
         assert there.keys() <= named.keys(), "NVIDIA's spec does not hold every device"
         assert {name for name in named if name.startswith(("MIG-", "GPU-"))} == there.keys(), "it holds others, too"

@@ -56,6 +56,43 @@ def test_two_specs_of_nvidia_are_written_from_one_run_of_its_tool(
     server.check_all_done()
 
 
+def test_when_the_last_device_goes_nvidia_s_spec_goes_too(
+    start: Start,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """nvidia-ctk writes none without devices, and the old one would still name those of before."""
+    server = start("2xA100-SXM4-80GB", g1=MIXED)
+    kept = server.host.cdi / "nvidia-kept.yaml"
+    kept.write_bytes(server.nvidia_spec.read_bytes())
+    server.apply(g0="", g1="")
+    assert [file for file in (server.nvidia_spec, kept) if file.exists()] == []
+    server.check_all_done()
+    written = server.written()
+    quiet(server)
+    assert not server.foresee(g0="", g1="").changed
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a tool was run"))
+        assert not server.apply(g0="", g1="").changed
+    assert (server.calls.writes, server.written()) == ([], written)
+    server.apply(g0="", g1=MIXED)
+    server.check_all_done()
+
+
+def test_a_spec_of_devices_that_are_gone_is_put_right_without_a_cut(start: Start) -> None:  # noqa: F811
+    """As a run leaves it that was killed, or another program that cut the GPUs."""
+    server = start("A100-SXM4-80GB", g0="")
+    server.apply(g0="")
+    server.nvidia_spec.write_text(
+        json.dumps({"cdiVersion": "0.5.0", "kind": "nvidia.com/gpu", "devices": [{"name": "GPU-gone"}]}),
+        encoding="utf-8",
+    )
+    gone = ("NVIDIA's CDI spec has devices that are gone",)
+    assert server.foresee(g0="").repairs == gone
+    assert server.apply(g0="").repairs == gone
+    assert not server.nvidia_spec.exists()
+    assert server.apply(g0="").repairs == ()
+
+
 def test_a_layout_by_name_converges_too(start: Start) -> None:  # noqa: F811
     server = start("2xA100-SXM4-80GB", g0="")
     server.apply_layout("all-balanced")

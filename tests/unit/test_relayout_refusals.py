@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import pynvml
 import pytest
 from ds01 import nvml, partitions, processes
 from sim_server import Server, Start, edit, needs_sim, start  # noqa: F401 - start is a fixture
@@ -322,3 +324,62 @@ def test_a_name_that_nobody_has_is_told(start: Start) -> None:  # noqa: F811
     assert done.result()["warnings"] == []
     again = server.apply(["p._.alice"], g0="7g.80gb")
     assert (again.changed, again.result()["warnings"]) == (False, []), "the same play again"
+
+
+def says_yes(name: str) -> Callable[[Server, pytest.MonkeyPatch], None]:
+    """The driver accepts this call, and does nothing."""
+    return lambda _, patch: patch.setattr(pynvml, name, lambda *_args: None)
+
+
+def last_minute(happens: Happens) -> Callable[[Server, pytest.MonkeyPatch], None]:
+    """Another program is in time for the read-back: before the last write of the change, in another place."""
+    return lambda server, _: server.calls.before(CI_CREATE, lambda: happens(server), 2)
+
+
+READ_BACK: dict[str, tuple[Callable[[Server, pytest.MonkeyPatch], None], str, str]] = {
+    "the driver makes no compute instance": (
+        says_yes(CI_CREATE),
+        "GPU 0 would still have to destroy 2g.20gb at 4-5",
+        "2g.20gb@0 1g.10gb@2 1g.10gb@3",
+    ),
+    "somebody makes another one": (
+        last_minute(somebody(0, "1g.10gb", 6)),
+        "GPU 0 would still have to destroy 1g.10gb at 6",
+        "2g.20gb@0 1g.10gb@2 1g.10gb@3 1g.10gb@6",
+    ),
+    "somebody removes one that was there": (
+        last_minute(lambda server: server.somebody_removes(0, 3)),
+        "GPU 0 would still have to create 1g.10gb at 3",
+        "2g.20gb@0 1g.10gb@2",
+    ),
+}
+
+
+@pytest.mark.parametrize(("happens", "says", "stays"), READ_BACK.values(), ids=READ_BACK)
+def test_success_is_what_the_driver_shows(
+    happens: Callable[[Server, pytest.MonkeyPatch], None],
+    says: str,
+    stays: str,
+    start: Start,  # noqa: F811
+) -> None:
+    """Every call was accepted, and the GPU is not as wanted all the same."""
+    server = start("2xA100-SXM4-80GB", **HALF)
+    assert server.allocate("p._.alice", "2g.20gb").ok
+    server.apply(**HALF)
+    ledger, saved, log = server.ledger(), server.saved.read_bytes(), server.host.events.read_bytes()
+    server.calls.clear()
+    wanted = {"g0": "2g.20gb,1g.10gb,1g.10gb,2g.20gb", "g1": "7g.80gb"}
+    with pytest.MonkeyPatch.context() as patch:
+        happens(server, patch)
+        refusal = server.refused(**wanted)
+    assert (refusal.reason, refusal.details) == ("layout_impossible", {})
+    assert f"The driver accepted every step, and the layout is another one: {says}." in refusal.message
+    assert refusal.hint == "Somebody else may cut this GPU at the same time. Run this again."
+    assert server.cuts() == [stays, "off"]
+    assert (server.ledger(), server.projected(), server.saved.read_bytes()) == (ledger, ledger, saved)
+    [event] = map(json.loads, server.host.events.read_bytes()[len(log) :].splitlines())
+    assert (event["event"], event["reason"]) == ("mig.refused", "layout_impossible")
+    server.check_all_done()
+    server.calls.clear()
+    assert server.apply(**wanted).changed
+    server.check_all_done()

@@ -6,7 +6,7 @@ import json
 import signal
 
 import pytest
-from ds01 import cli, interruption, overview, partitions, publishing, reconcile
+from ds01 import cli, interruption, overview, partitions, publishing, reconcile, relayout
 from sim_server import Server, Start, needs_sim, start  # noqa: F401 - start is a fixture
 from state import edit
 from support import come
@@ -238,3 +238,47 @@ def test_a_damaged_file_keeps_no_whole_gpu_from_its_user(content: str, server: S
     assert "mig-layout.json cannot be read" in shown["gpus"][0]["health_reason"]
     refused = server.allocate("r._.dan", "1g.10gb")
     assert (refused.ok, server.cut(0)) == (False, "")
+
+
+DAMAGE = b'{"version": 1, "allocations": {'
+
+
+@pytest.fixture
+def without_ledger(server: Server) -> Server:
+    """After a reboot, with a ledger that nobody can read; the A100 has its mode, the H100 has not."""
+    server.boot()
+    server.host.ledger.write_bytes(DAMAGE)
+    server.calls.clear()
+    return server
+
+
+def test_without_a_ledger_what_takes_nothing_away_is_cut_again(without_ledger: Server) -> None:
+    """And nothing else: a GPU that is whole now may be what somebody was given."""
+    restored = without_ledger.restore()
+    assert without_ledger.cuts() == ["2g.20gb@0 2g.20gb@2 1g.10gb@6", "off"]
+    assert [plan.gpu for plan in restored.plans] == [0]
+    damaged, left = restored.problems
+    assert "gpu-state.json cannot be read" in damaged
+    assert "Restore it from the containers with: ds01 rebuild" in damaged
+    assert left == "GPU 1 is cut otherwise, and without a ledger nobody knows who uses it."
+    assert (without_ledger.host.ledger.read_bytes(), without_ledger.projected()) == (DAMAGE, {}), "it is to be rebuilt"
+    without_ledger.calls.clear()
+    again = without_ledger.restore()
+    assert (again.problems, again.changed, without_ledger.calls.writes) == (restored.problems, False, [])
+
+
+def test_without_a_ledger_nothing_is_destroyed(without_ledger: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever cut the GPU otherwise meanwhile may have given it to somebody."""
+    without_ledger.somebody_cuts(0, "7g.80gb", 0)
+    foreseen = relayout.foresee_restore(without_ledger.ds01())
+    assert cli.main(["restore"]) == 1
+    said = capsys.readouterr()
+    told = [f"GPU {n} is cut otherwise, and without a ledger nobody knows who uses it." for n in (0, 1)]
+    assert foreseen.problems[1:] == tuple(told)
+    assert [line for line in said.err.splitlines() if "cut otherwise" in line] == [
+        f"ds01: not restored: {line}" for line in told
+    ]
+    assert "gpu-state.json cannot be read" in said.err
+    assert said.out == "Nothing was cut again.\n"
+    assert (without_ledger.cuts(), without_ledger.calls.writes) == (["7g.80gb@0", "off"], [])
+    assert (without_ledger.host.ledger.read_bytes(), without_ledger.projected()) == (DAMAGE, {})

@@ -180,12 +180,12 @@ def _spec_problem(ds01: Allocations, inventory: Inventory) -> str | None:
     """Why NVIDIA's CDI spec is not that of these devices: it lacks some, or has some that are gone."""
     spec = ds01.cdi.nvidia_spec()
     uuids = [device.uuid for device in inventory.devices]
-    if not uuids:
-        return None
     lost = any(gpu.health == "lost" for gpu in inventory.gpus)  # what it had is not known
     described = {str(device.get("name")) for device in spec["devices"]} if spec and not lost else set()
     stale = [name for name in described.difference(uuids) if name.startswith(("GPU-", "MIG-"))]
-    return "NVIDIA's CDI spec has devices that are gone." if stale else ds01.cdi.problem(uuids, spec)
+    if stale:
+        return "NVIDIA's CDI spec has devices that are gone."
+    return ds01.cdi.problem(uuids, spec) if uuids else None  # without a device there is no spec
 
 
 def _check_writable(ds01: Allocations, inventory: Inventory) -> None:
@@ -381,7 +381,10 @@ def _describe(ds01: Allocations, driver: nvml.Nvml, changed: Collection[str]) ->
     if gpus:
         ds01.saved_layout.write(_noted(ds01.saved_layout.read(), gpus))
     if _has_toolkit() and _spec_problem(ds01, inventory):
-        toolkit.refresh(ds01.cdi.nvidia_targets())
+        if inventory.devices:
+            toolkit.refresh(ds01.cdi.nvidia_targets())
+        else:  # nvidia-ctk writes none then, and leaves the old one, whose devices could still be asked for
+            toolkit.remove(ds01.cdi.nvidia_targets())
     return inventory
 
 

@@ -38,8 +38,8 @@ def check(spec_files: Iterable[Path]) -> None:
 def refresh(spec_files: Iterable[Path]) -> None:
     """Make the nodes that are missing, and write NVIDIA's CDI spec anew into each of these files.
 
-    A host without any device has no spec: then the files stay as they are. Raises Ds01Error
-    `driver_unavailable` or `permission_denied`.
+    Where nvidia-ctk finds no device the files stay as they are. Raises Ds01Error `driver_unavailable` or
+    `permission_denied`.
     """
     _run("nvidia-smi", "-L")  # its exit code tells of lost GPUs, which is no matter here
     texts: dict[str, str | None] = {}
@@ -50,6 +50,15 @@ def refresh(spec_files: Iterable[Path]) -> None:
         text = texts[kind]
         if text is not None and not (file.exists() and file.read_text(encoding="utf-8") == text):
             _write(_replace, file, text)
+
+
+def remove(spec_files: Iterable[Path]) -> None:
+    """Take NVIDIA's CDI spec away, of a host that has no device any more: the engine reads none without devices.
+
+    Raises Ds01Error `permission_denied`.
+    """
+    for file in spec_files:
+        _write(_remove, file, "")
 
 
 def _generate(kind: str) -> str | None:
@@ -79,6 +88,10 @@ def _write(write: Callable[[Path, bytes], None], file: Path, text: str) -> None:
 
 def _replace(file: Path, data: bytes) -> None:
     files.replace(file, data, 0o644)
+
+
+def _remove(file: Path, _data: bytes) -> None:
+    file.unlink(missing_ok=True)
 
 
 def _run(*argv: str) -> subprocess.CompletedProcess[str]:
