@@ -226,6 +226,25 @@ def test_damaged_memory_is_told_once_and_stops_nobody(ward: Ward) -> None:
     assert ward.run(MINUTE) == [f"policy.stopped {ALICES}"]
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_workspace_that_cannot_be_looked_into_is_no_idle_one(
+    known: bool, ward: Ward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Path, str]] = []
+
+    def keep_alive(workspace: Path, user: str) -> tuple[None, bool]:
+        asked.append((workspace, user))
+        return None, known
+
+    monkeypatch.setattr(usage, "keep_alive", keep_alive)
+    rules = {**RUNTIME, "grace_period": 0, "idle_detection_window": 1}
+    limits = {"idle_timeout": "10m", "max_runtime": None, "container_hold_after_stop": "12h"}
+    ward.server.limits(defaults=limits, policies=rules)
+    done = [action for _ in range(12) for action in ward.run(MINUTE)]
+    assert done == ([f"policy.warned {ALICES}", f"policy.stopped {ALICES}"] if known else [])
+    assert set(asked) == {(ward.workspace, "alice")}
+
+
 # --- a process that dies
 
 

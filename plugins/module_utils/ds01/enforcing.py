@@ -160,6 +160,6 @@ def _samples(settled: Settled, running: list[Container], devices: Uses) -> dict[
         samples[container.id] = Sample(
             usages.get(container.id),
             tuple(devices.get(uuid) for uuid in uuids),
-            usage.keep_alive(Path(container.workspace)) if container.workspace else None,
+            *(usage.keep_alive(Path(container.workspace), container.user) if container.workspace else ()),
         )
     return samples
