@@ -198,6 +198,24 @@ def test_whoever_has_the_name_of_one_whose_time_is_over_goes_on(ward: Ward, monk
     assert ward.told() == [WARNED]
 
 
+def test_one_that_its_user_stops_just_then_is_not_said_to_be_stopped(
+    ward: Ward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remember = PolicyStore.write
+
+    def and_is_stopped(store: PolicyStore, states: Any) -> None:
+        remember(store, states)
+        ward.box.status = "exited"
+
+    ward.warned().server.passes(5 * MINUTE)
+    with monkeypatch.context() as patch:
+        patch.setattr(PolicyStore, "write", and_is_stopped)
+        assert said(reconcile.reconcile(ward.server.ds01)) == []
+    ward.server.world.stop(ward.box)
+    ward.run(MINUTE)
+    assert (ward.told(), ward.notice.exists()) == ([WARNED], False)
+
+
 def test_one_that_cannot_be_stopped_is_a_problem_and_tried_again(ward: Ward) -> None:
     ward.warned()
     ward.server.world.refuses_to[ward.box.id] = ("stop", "kill")

@@ -906,6 +906,8 @@ def test_the_calendar_has_no_part_in_it(rules: dict[str, Any], story: list[tuple
 
 
 def test_far_away_times_are_no_error() -> None:
+    w = world(max_runtime="30m", policies={"sigterm_grace": "999999999d"}).minutes(30)
+    assert w.told[-1][1].details["stop_timeout"] == timedelta(days=7).total_seconds()
     w = world(idle_timeout="999999999d", max_runtime="999999999d", policies={"warning_time": "999999999d"})
     w.minutes(5)
     assert w.last.notice

@@ -31,6 +31,8 @@ _WARNED_AT = {IDLE: (Fraction(8, 10), Fraction(95, 100)), RUNTIME: (Fraction(75,
 _ZERO = timedelta(0)
 _FOR_EVER = timedelta(days=999_999_000)
 """As far ahead as a time since boot is written."""
+_LONGEST_GRACE = timedelta(days=7)
+"""No socket waits for as long as a limits file may say."""
 
 
 @dataclass(frozen=True)
@@ -383,8 +385,7 @@ def _judged(container: Watched, state: State, rules: Rules, clock: Clock) -> Dec
     stop = next((action for action in actions if action.kind == "policy.stopped"), None)
     if stop is None or state.run is None:
         return Decision(state, tuple(actions), _notice(container, state, rules))
-    until = clock.uptime + min(rules.enforcement.sigterm_grace, _FOR_EVER)
-    run = replace(state.run, stop=Stop(stop.details["policy"], until))
+    run = replace(state.run, stop=Stop(stop.details["policy"], clock.uptime + _grace(rules)))
     return Decision(
         replace(state, run=run, farewell=f"{stop.message}\n"), notice=_notice(container, state, rules), stop=stop
     )
@@ -489,9 +490,16 @@ def _stopped(
         f"{_limit_text(policy, rules)}. Its user was warned that it would be at {_text_time(notice.told)}. "
         f"{_afterwards(policy, rules, clock)}"
     )
-    grace = rules.enforcement.sigterm_grace.total_seconds()
-    details = {**_details(policy, measured, rules), "stop_timeout": grace, "container_id": container.id}
+    details = {
+        **_details(policy, measured, rules),
+        "stop_timeout": _grace(rules).total_seconds(),
+        "container_id": container.id,
+    }
     return Action("policy.stopped", container.name, message, container.user, details)
+
+
+def _grace(rules: Rules) -> timedelta:
+    return min(rules.enforcement.sigterm_grace, _LONGEST_GRACE)
 
 
 def _afterwards(policy: str, rules: Rules, clock: Clock) -> str:
