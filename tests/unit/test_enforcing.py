@@ -198,6 +198,24 @@ def test_whoever_has_the_name_of_one_whose_time_is_over_goes_on(ward: Ward, monk
     assert ward.told() == [WARNED]
 
 
+def test_one_that_its_user_stops_just_then_is_not_said_to_be_stopped(
+    ward: Ward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remember = PolicyStore.write
+
+    def and_is_stopped(store: PolicyStore, states: Any) -> None:
+        remember(store, states)
+        ward.box.status = "exited"
+
+    ward.warned().server.passes(5 * MINUTE)
+    with monkeypatch.context() as patch:
+        patch.setattr(PolicyStore, "write", and_is_stopped)
+        assert said(reconcile.reconcile(ward.server.ds01)) == []
+    ward.server.world.stop(ward.box)
+    ward.run(MINUTE)
+    assert (ward.told(), ward.notice.exists()) == ([WARNED], False)
+
+
 def test_one_that_cannot_be_stopped_is_a_problem_and_tried_again(ward: Ward) -> None:
     ward.warned()
     ward.server.world.refuses_to[ward.box.id] = ("stop", "kill")
@@ -224,6 +242,25 @@ def test_damaged_memory_is_told_once_and_stops_nobody(ward: Ward) -> None:
     assert ward.run(4 * MINUTE) == []
     assert ward.box.runs
     assert ward.run(MINUTE) == [f"policy.stopped {ALICES}"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_workspace_that_cannot_be_looked_into_is_no_idle_one(
+    known: bool, ward: Ward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Path, str]] = []
+
+    def keep_alive(workspace: Path, user: str) -> tuple[None, bool]:
+        asked.append((workspace, user))
+        return None, known
+
+    monkeypatch.setattr(usage, "keep_alive", keep_alive)
+    rules = {**RUNTIME, "grace_period": 0, "idle_detection_window": 1}
+    limits = {"idle_timeout": "10m", "max_runtime": None, "container_hold_after_stop": "12h"}
+    ward.server.limits(defaults=limits, policies=rules)
+    done = [action for _ in range(12) for action in ward.run(MINUTE)]
+    assert done == ([f"policy.warned {ALICES}", f"policy.stopped {ALICES}"] if known else [])
+    assert set(asked) == {(ward.workspace, "alice")}
 
 
 # --- a process that dies

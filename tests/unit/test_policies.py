@@ -367,6 +367,17 @@ def test_a_keep_alive_file_that_is_touched_again_counts_anew_and_one_that_is_gon
     assert not w.minutes(1).running
 
 
+def test_a_keep_alive_file_that_cannot_be_seen_any_more_counts_on_and_no_longer_than_it_may() -> None:
+    w = world(**HALF_HOUR, policies={"keepalive_max_duration": "1h"})
+    w.keep_alive = w.time
+    w.minutes(50)
+    for _ in range(600):
+        w.wait(MINUTE).look(replace(w.sample(), keep_alive=None, keep_alive_known=False))
+    assert w.running, "whether it was touched again nobody knows"
+    assert w.minutes(30).running, "that it is still the same one counts from its first look"
+    assert not w.minutes(1).running
+
+
 def test_a_keep_alive_file_does_not_prolong_the_running_time() -> None:
     w = world(max_runtime="10h")
     w.keep_alive = w.time
@@ -378,6 +389,7 @@ UNREAD: dict[str, Callable[[World], Sample]] = {
     "no cgroup": lambda w: Sample(None, (w.device,)),
     "no driver": lambda w: Sample(Usage(w.started, w.cpu), ()),
     "a GPU that is lost": lambda w: Sample(Usage(w.started, w.cpu), (None,)),
+    "a workspace that cannot be looked into": lambda w: replace(w.sample(), keep_alive_known=False),
     "one device of two": lambda w: Sample(Usage(w.started, w.cpu), (w.device, None)),
 }
 
@@ -894,6 +906,8 @@ def test_the_calendar_has_no_part_in_it(rules: dict[str, Any], story: list[tuple
 
 
 def test_far_away_times_are_no_error() -> None:
+    w = world(max_runtime="30m", policies={"sigterm_grace": "999999999d"}).minutes(30)
+    assert w.told[-1][1].details["stop_timeout"] == timedelta(days=7).total_seconds()
     w = world(idle_timeout="999999999d", max_runtime="999999999d", policies={"warning_time": "999999999d"})
     w.minutes(5)
     assert w.last.notice

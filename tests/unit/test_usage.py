@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pwd
 import subprocess
 import sys
 import time
@@ -11,7 +13,8 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from ds01 import processes, usage
+from ds01 import accounts, processes, usage
+from ds01.names import Account
 from ds01.policies import Usage
 
 ONE, TWO = "a" * 64, "b" * 64
@@ -151,33 +154,81 @@ def test_the_clock_is_the_kernel_s() -> None:
     assert now.time.tzinfo == timezone.utc
 
 
-def test_when_a_keep_alive_file_was_touched(tmp_path: Path) -> None:
-    assert usage.keep_alive(tmp_path) is None
-    assert usage.keep_alive(tmp_path / "nowhere") is None
-    file = tmp_path / ".keep-alive"
+# --- .keep-alive
+
+NONE_THERE, UNKNOWN = (None, True), (None, False)
+TOUCHED = datetime(2025, 11, 21, 10, 30, tzinfo=timezone.utc)
+
+
+def touch(file: Path, seconds: int = 1763721000) -> None:
     file.touch()
-    os.utime(file, (0, 1763721000))
-    assert usage.keep_alive(tmp_path) == datetime(2025, 11, 21, 10, 30, tzinfo=timezone.utc)
+    os.utime(file, (0, seconds))
+
+
+def test_when_a_keep_alive_file_was_touched(tmp_path: Path) -> None:
+    assert usage.keep_alive(tmp_path, "alice") == NONE_THERE
+    assert usage.keep_alive(tmp_path / "nowhere", "alice") == NONE_THERE
+    touch(tmp_path / ".keep-alive")
+    assert usage.keep_alive(tmp_path, "alice") == (TOUCHED, True)
 
 
 def test_a_keep_alive_link_counts_by_itself_and_a_pipe_or_directory_not_at_all(tmp_path: Path) -> None:
     file = tmp_path / ".keep-alive"
     file.symlink_to("/nowhere/at/all")
-    touched = usage.keep_alive(tmp_path)
+    touched, known = usage.keep_alive(tmp_path, "alice")
     assert touched is not None
-    assert abs(touched - datetime.now(timezone.utc)) < timedelta(minutes=1)
+    assert (abs(touched - datetime.now(timezone.utc)) < timedelta(minutes=1), known) == (True, True)
     file.unlink()
     os.mkfifo(file)
-    assert usage.keep_alive(tmp_path) is None
+    assert usage.keep_alive(tmp_path, "alice") == NONE_THERE
     file.unlink()
     file.mkdir()
-    assert usage.keep_alive(tmp_path) is None
+    assert usage.keep_alive(tmp_path, "alice") == NONE_THERE
 
 
 def test_a_keep_alive_file_of_times_that_no_calendar_has(tmp_path: Path) -> None:
-    file = tmp_path / ".keep-alive"
-    file.touch()
     for seconds in (-(2**31), 2**33, 2**34 - 1):
-        os.utime(file, (0, seconds))
-        found = usage.keep_alive(tmp_path)
+        touch(tmp_path / ".keep-alive", seconds)
+        found, known = usage.keep_alive(tmp_path, "alice")
+        assert known
         assert found is None or found.tzinfo == timezone.utc
+
+
+@pytest.fixture
+def squashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workspace on a file system on which root may do nothing, and its user what he may anywhere."""
+    me = Account("alice", os.getuid(), os.getgid(), "/", "/bin/sh", "alice")
+    monkeypatch.setattr(accounts, "lookup", lambda user: me if user == "alice" else None)
+    lstat = Path.lstat
+
+    def refuses(path: Path) -> os.stat_result:
+        if path.is_relative_to(tmp_path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return lstat(path)
+
+    monkeypatch.setattr(Path, "lstat", refuses)
+    return tmp_path
+
+
+def test_where_root_may_not_look_the_user_does(squashed: Path) -> None:
+    assert usage.keep_alive(squashed, "alice") == NONE_THERE
+    touch(squashed / ".keep-alive")
+    assert usage.keep_alive(squashed, "alice") == (TOUCHED, True)
+    (squashed / ".keep-alive").unlink()
+    (squashed / ".keep-alive").mkdir()
+    assert usage.keep_alive(squashed, "alice") == NONE_THERE
+
+
+def test_where_nobody_may_look_it_cannot_be_told(squashed: Path) -> None:
+    assert usage.keep_alive(squashed / "nowhere", "alice") == UNKNOWN
+    assert usage.keep_alive(squashed, "somebody who is gone") == UNKNOWN
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root acts as somebody else")
+def test_the_user_sees_no_more_than_he_may(squashed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nobody = pwd.getpwnam("nobody")
+    account = Account("nobody", nobody.pw_uid, nobody.pw_gid, "/", "/bin/sh", "nobody")
+    monkeypatch.setattr(accounts, "lookup", lambda _: account)
+    touch(squashed / ".keep-alive")
+    squashed.chmod(0o700)
+    assert usage.keep_alive(squashed, "nobody") == UNKNOWN

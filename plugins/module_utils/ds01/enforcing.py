@@ -83,9 +83,10 @@ def stop(ds01: Allocations, found: Round, ends: Ends) -> Iterator[tuple[Action, 
     cannot be remembered.
     """
     due = {action.details["container_id"]: action for action in found.review.stops}
-    there = {id_: action for id_, action in due.items() if _is_there(ds01, action)}
+    there = {id_: action for id_, action in due.items() if _status(ds01, action) in engine.RUNNING}
     states = dict(found.review.states)
     states.update((id_, states[id_].not_stopped) for id_ in due.keys() - there.keys())
+    found.store.write(states)
     for end in ends({id_: int(action.details["stop_timeout"]) for id_, action in there.items()}):
         action = there[end.container]
         if end.fate == "over":
@@ -101,14 +102,15 @@ def stop(ds01: Allocations, found: Round, ends: Ends) -> Iterator[tuple[Action, 
 def hold(ds01: Allocations, action: Action) -> None:
     """The devices of one that was stopped are held from now on, where it has some. Raises Ds01Error: then the next run
     sees to that."""
-    if ds01.allocation(action.subject):
+    if ds01.allocation(action.subject) and _status(ds01, action) in engine.STOPPED:
         ds01.engine.wait_until_listed(action.subject)
         ds01.apply([Change("held", action.container)])
 
 
-def _is_there(ds01: Allocations, action: Action) -> bool:
+def _status(ds01: Allocations, action: Action) -> str:
+    """The container's, now; empty where it is gone, or another one has its name."""
     there = ds01.engine.container(action.subject)
-    return there is not None and there.id == action.details["container_id"] and there.status in engine.RUNNING
+    return there.status if there and there.id == action.details["container_id"] else ""
 
 
 Places = Mapping[str, str]
@@ -160,6 +162,6 @@ def _samples(settled: Settled, running: list[Container], devices: Uses) -> dict[
         samples[container.id] = Sample(
             usages.get(container.id),
             tuple(devices.get(uuid) for uuid in uuids),
-            usage.keep_alive(Path(container.workspace)) if container.workspace else None,
+            *(usage.keep_alive(Path(container.workspace), container.user) if container.workspace else ()),
         )
     return samples

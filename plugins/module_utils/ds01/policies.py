@@ -31,6 +31,8 @@ _WARNED_AT = {IDLE: (Fraction(8, 10), Fraction(95, 100)), RUNTIME: (Fraction(75,
 _ZERO = timedelta(0)
 _FOR_EVER = timedelta(days=999_999_000)
 """As far ahead as a time since boot is written."""
+_LONGEST_GRACE = timedelta(days=7)
+"""No socket waits for as long as a limits file may say."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,13 @@ class DeviceUse:
 @dataclass(frozen=True)
 class Sample:
     """One look at a container. What could not be read is None, or not in `devices`, which are in the allocation's
-    order; `keep_alive` is when the workspace's .keep-alive was last touched (None: there is none)."""
+    order; `keep_alive` is when the workspace's .keep-alive was last touched (None: there is none), where that is
+    known."""
 
     usage: Usage | None = None
     devices: tuple[DeviceUse | None, ...] = ()
     keep_alive: datetime | None = None
+    keep_alive_known: bool = True
 
 
 @dataclass(frozen=True)
@@ -287,21 +291,22 @@ def _seen(container: Watched, sample: Sample, state: State, rules: Rules, clock:
     started = sample.usage.started if sample.usage else clock.uptime
     run = state.run or Run(clock.boot_id, min(started, clock.uptime))
     passed = clock.uptime - run.seen
-    kept = _kept(state.kept, sample.keep_alive, passed, clock)
+    kept = _kept(state.kept, sample, passed, clock)
     run = replace(_counted(run, _used(container, sample, run.marks, rules, clock, kept), passed), seen=clock.uptime)
     marks = _marks(container, sample, clock)
     return replace(state, ran=state.ran + passed, run=replace(run, marks=marks or run.marks), kept=kept)
 
 
-def _kept(before: KeepAlive | None, touched: datetime | None, passed: timedelta, clock: Clock) -> KeepAlive | None:
+def _kept(before: KeepAlive | None, sample: Sample, passed: timedelta, clock: Clock) -> KeepAlive | None:
     """The .keep-alive file, with the time it has counted. Its own age is taken once, when it is first seen, and is
-    no less than nothing: a file of the future counts as touched just now."""
-    if touched is None:
+    no less than nothing: a file of the future counts as touched just now. One that cannot be looked for stays as it
+    was."""
+    if sample.keep_alive is None and sample.keep_alive_known:
         return None
-    touched = touched.replace(microsecond=0)
-    if before and before.touched == touched:
-        return KeepAlive(touched, before.counted + passed)
-    return KeepAlive(touched, max(clock.time - touched, _ZERO))
+    touched = sample.keep_alive.replace(microsecond=0) if sample.keep_alive else None
+    if before and touched in (None, before.touched):
+        return KeepAlive(before.touched, before.counted + passed)
+    return KeepAlive(touched, max(clock.time - touched, _ZERO)) if touched else None
 
 
 def _counted(run: Run, used: bool | None, passed: timedelta) -> Run:
@@ -328,7 +333,7 @@ def _used(
         return True
     if _shows_use(sample, marks, enforcement, clock):
         return True
-    whole = _marks(container, sample, clock)
+    whole = sample.keep_alive_known and _marks(container, sample, clock)
     return False if whole and marks else None
 
 
@@ -380,8 +385,7 @@ def _judged(container: Watched, state: State, rules: Rules, clock: Clock) -> Dec
     stop = next((action for action in actions if action.kind == "policy.stopped"), None)
     if stop is None or state.run is None:
         return Decision(state, tuple(actions), _notice(container, state, rules))
-    until = clock.uptime + min(rules.enforcement.sigterm_grace, _FOR_EVER)
-    run = replace(state.run, stop=Stop(stop.details["policy"], until))
+    run = replace(state.run, stop=Stop(stop.details["policy"], clock.uptime + _grace(rules)))
     return Decision(
         replace(state, run=run, farewell=f"{stop.message}\n"), notice=_notice(container, state, rules), stop=stop
     )
@@ -486,9 +490,16 @@ def _stopped(
         f"{_limit_text(policy, rules)}. Its user was warned that it would be at {_text_time(notice.told)}. "
         f"{_afterwards(policy, rules, clock)}"
     )
-    grace = rules.enforcement.sigterm_grace.total_seconds()
-    details = {**_details(policy, measured, rules), "stop_timeout": grace, "container_id": container.id}
+    details = {
+        **_details(policy, measured, rules),
+        "stop_timeout": _grace(rules).total_seconds(),
+        "container_id": container.id,
+    }
     return Action("policy.stopped", container.name, message, container.user, details)
+
+
+def _grace(rules: Rules) -> timedelta:
+    return min(rules.enforcement.sigterm_grace, _LONGEST_GRACE)
 
 
 def _afterwards(policy: str, rules: Rules, clock: Clock) -> str:

@@ -427,7 +427,7 @@ def _tell_damage(ds01: Allocations, found: enforcing.Round) -> None:
 
 def _without_removed(settled: Settled, run: _Run) -> Settled:
     """What was seen, but for the containers that this run removed."""
-    gone = {action.details["container_id"] for action in run.actions if action.kind == "container.removed"}
+    gone = {action.details.get("container_id") for action in run.actions if action.kind == "container.removed"}
     left = tuple(container for container in settled.seen.containers if container.id not in gone)
     return replace(settled, seen=replace(settled.seen, containers=left))
 

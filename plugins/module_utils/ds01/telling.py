@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
-from . import accounts
+from . import accounts, as_user
 from .names import Account
 
-_TIMEOUT = 10
 _TERMINALS = Path("/dev/pts")
 
 
 def leave_notice(account: Account, file: Path, text: str) -> bool:
     """The file says this; without a text there is none. False where the user could not do that."""
-    if text:
-        return _run_as(account, ["/usr/bin/tee", "--", str(file)], text)
-    return _run_as(account, ["/bin/rm", "-f", "--", str(file)])
+    argv = ["/usr/bin/tee", "--", str(file)] if text else ["/bin/rm", "-f", "--", str(file)]
+    done = as_user.run(account, argv, text)
+    return done is not None and done.returncode == 0
 
 
 def tell(user: str, text: str) -> int:
@@ -47,22 +44,3 @@ def _write(terminal: Path, uid: int, line: bytes) -> bool:
         return os.fstat(fd).st_uid == uid and os.write(fd, line) > 0
     finally:
         os.close(fd)
-
-
-def _run_as(account: Account, argv: Sequence[str], text: str = "") -> bool:
-    root = os.geteuid() == 0
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
-            argv,
-            input=text.encode(),
-            user=account.uid if root else None,
-            group=account.gid if root else None,
-            extra_groups=[] if root else None,
-            cwd="/",
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=_TIMEOUT,
-            check=False,
-        )
-        return done.returncode == 0
-    return False

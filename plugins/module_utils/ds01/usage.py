@@ -7,6 +7,7 @@ and the names that Docker gives with either driver (`docker-<id>.scope`, `<id>`)
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import stat
@@ -15,7 +16,7 @@ from collections.abc import Collection, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-from . import processes
+from . import accounts, as_user, processes
 from .policies import Clock, Usage
 
 _CGROUPS, _PROC = Path("/sys/fs/cgroup"), Path("/proc")
@@ -46,18 +47,44 @@ def usages(ids: Collection[str], cgroups: Path = _CGROUPS) -> dict[str, Usage]:
     return found
 
 
-def keep_alive(workspace: Path) -> datetime | None:
-    """When the workspace's .keep-alive was last touched; None: there is none. A link counts by itself: what it
-    leads to is the user's choice, and not looked at."""
+def keep_alive(workspace: Path, user: str) -> tuple[datetime | None, bool]:
+    """When the workspace's .keep-alive was last touched (None: there is none), and whether that can be told. A link
+    counts by itself: what it leads to is the user's choice, and not looked at.
+
+    Where root may not look, on a network file system, the user does.
+    """
+    file = workspace / ".keep-alive"
     try:
-        found = (workspace / ".keep-alive").lstat()
-        return datetime.fromtimestamp(found.st_mtime_ns // 10**9, timezone.utc) if _is_plain(found) else None
-    except (OSError, ValueError, OverflowError):
+        found = file.lstat()
+    except OSError as exc:
+        return (None, True) if exc.errno in _NOT_THERE else _keep_alive_as(user, file)
+    return _touched(found.st_mode, found.st_mtime_ns // 10**9), True
+
+
+_NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+
+
+def _keep_alive_as(user: str, file: Path) -> tuple[datetime | None, bool]:
+    """As its user sees it, who has to see its directory, too: what is not in one that is closed nobody can say."""
+    account = accounts.lookup(user)
+    argv = ["/usr/bin/stat", "--printf=%f %Y\\n", "--", f"{file.parent}/.", str(file)]
+    done = as_user.run(account, argv) if account else None
+    match done.stdout.decode(errors="replace").splitlines() if done else []:
+        case [_, line]:
+            mode, seconds = line.split()
+            return _touched(int(mode, 16), int(seconds)), True
+        case [_]:
+            return None, True
+    return None, False
+
+
+def _touched(mode: int, seconds: int) -> datetime | None:
+    """Only a plain file, or a link, of a time that a calendar has is one."""
+    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
         return None
-
-
-def _is_plain(found: os.stat_result) -> bool:
-    return stat.S_ISREG(found.st_mode) or stat.S_ISLNK(found.st_mode)
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        return datetime.fromtimestamp(seconds, timezone.utc)
+    return None
 
 
 def _containers(root: Path) -> dict[str, Path]:
