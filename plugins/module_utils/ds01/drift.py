@@ -64,7 +64,8 @@ class Action:
 
 @dataclass(frozen=True)
 class Box:
-    """One of DS01's containers. `finished_at` is when it last stopped; None: it never ran, or nobody asked."""
+    """One of DS01's containers. `finished_at` is when it last stopped; None: it never ran, or nobody asked.
+    `put_back_at` is when it last got its name back: its user could not see it before."""
 
     name: str
     user: str
@@ -72,6 +73,7 @@ class Box:
     status: str
     created_at: datetime | None = None
     finished_at: datetime | None = None
+    put_back_at: datetime | None = None
 
 
 def of_outcome(outcome: Outcome) -> Action:
@@ -87,6 +89,18 @@ def of_projection(container: str, user: str) -> Action:
 def of_service(unit: str) -> Action:
     """A service that gave way to another MIG mode, and was not started again."""
     return Action("service.started", unit, f"{unit} was left stopped by an earlier change of the MIG layout.")
+
+
+def of_aside(name: ContainerName, container_id: str, complete: bool) -> Action:
+    """A container that a request which died had set aside for a new one: where that one is `complete` it goes, else it
+    takes its name again."""
+    details = {"container_id": container_id}
+    if complete:
+        old = names.set_aside(name.full)
+        message = f"{old} is removed: another one took its place, and the request for that died."
+        return Action("container.removed", old, message, name.user, details)
+    message = f"{name.full} has its name again: the request that was to replace it died."
+    return Action("container.put_back", name.full, message, name.user, details)
 
 
 def of_records(written: Mapping[str, datetime], there: Collection[str], now: datetime) -> Iterator[Action]:
@@ -126,7 +140,7 @@ def _over(box: Box, config: Config, now: datetime) -> str:
     hold = resolve(config, box.user).container_hold_after_stop
     if box.status not in _STOPPED or hold is None or box.finished_at is None:
         return ""
-    if _is_younger(box.finished_at, hold, now):
+    if any(_is_younger(since, hold, now) for since in (box.finished_at, box.put_back_at)):
         return ""
     stopped = units.format_time(box.finished_at)
     return f"it stopped at {stopped}, and {box.user}'s stopped containers are kept for {units.format_duration(hold)}"
