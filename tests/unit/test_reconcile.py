@@ -695,12 +695,31 @@ def test_a_clock_that_stays_as_it_was_set_is_trusted_after_an_hour(server: Serve
     assert server.run() == ["container.removed q._.bob"]
 
 
-def test_a_clock_that_is_put_right_at_boot_is_trusted(server: Server) -> None:
-    """A host that slept: nothing is known of its clock's pace in this boot."""
+def boots(server: Server, clock_ahead: timedelta) -> None:
     server.world.reboot(turned=False, order={})
-    server.world.later(timedelta(days=1))
+    server.world.later(clock_ahead)
     server.uptime = 60.0
-    assert "container.removed q._.bob" in server.run()
+
+
+def test_a_clock_that_is_wrong_at_boot_removes_nobody_before_it_is_put_right(server: Server) -> None:
+    boots(server, 13 * HOUR)
+    server.run()
+    server.passes(10 * MINUTE)
+    server.run()
+    server.world.later(-13 * HOUR)
+    assert "container.removed q._.bob" not in server.run()
+    server.passes(HOUR)
+    server.run()
+    assert set(server.world.boxes) == {"p._.alice", "q._.bob"}
+
+
+def test_a_server_that_was_off_for_long_removes_what_is_over_an_hour_after_it_is_on_again(server: Server) -> None:
+    boots(server, 13 * HOUR)
+    server.run()
+    server.passes(HOUR - MINUTE - timedelta(seconds=1))
+    assert server.foreseen() == server.run() == []
+    server.passes(timedelta(seconds=1))
+    assert server.foreseen() == server.run() == ["container.removed p._.alice", "container.removed q._.bob"]
 
 
 # --- the disk is full
