@@ -10,9 +10,11 @@ version_added: "0.1.0"
 description:
   - Takes back what is over (holds, grants whose container never came, containers that stopped long ago), notices what
     happened behind DS01's back (containers that stopped, started or vanished), puts CDI devices right that are not what
-    the ledger says, and names who uses GPUs without DS01.
+    the ledger says, gives containers their names again that a request had set aside when it died, and names who uses
+    GPUs without DS01.
   - Looks at how things are, never at what happened before, so it may run at any time, after any accident. A second run
-    right after the first changes nothing. A timer on the server does the same each minute.
+    right after the first changes nothing. A timer on the server does the same each minute;
+    where one is at work already, the next waits for it, and fails with V(lock_timeout) if it does not end.
   - In check mode it is a report of drift.
   - Runs on the GPU server, as root.
 author:

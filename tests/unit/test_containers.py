@@ -13,33 +13,36 @@ from typing import Any
 
 import pytest
 from ds01 import accounts, engine, names, workspace
-from ds01.allocations import Allocations
+from ds01.allocations import Allocations, other_containers
 from ds01.container_spec import ContainerRequest
 from ds01.container_steps import Report, Wish
 from ds01.containers import Containers
 from ds01.engine import Container, Image, Listing
 from ds01.errors import Ds01Error
-from ds01.model import Ledger, Process, Request, Ticket, Waiter
+from ds01.model import Allocation, Ledger, Process, Request, Ticket, Waiter
 from ds01.names import Account, ContainerName
 from ds01.paths import Paths
 from support import NOW, Host
 
+NAME = ContainerName("p", "alice", "p._.alice")
 OLD = names.set_aside("p._.alice")
 
 
 class Engine:
-    """`refuses` names the verb that fails next; `asked` counts the verbs."""
+    """`refuses` names the verb that fails, `refuses_once` those that fail the next time; `asked` counts the verbs."""
 
     def __init__(self) -> None:
         self.has: dict[str, Container] = {}
         self.files: dict[str, set[str]] = {}
         self.refuses = ""
+        self.refuses_once: set[str] = set()
         self.asked: Counter[str] = Counter()
         self.image_id = "sha256:1"
 
     def _ask(self, verb: str) -> None:
         self.asked[verb] += 1
-        if verb == self.refuses:
+        if verb == self.refuses or verb in self.refuses_once:
+            self.refuses_once.discard(verb)
             raise Ds01Error("engine_error", f"The Docker engine could not {verb}.")
 
     def listing(self) -> Listing:
@@ -253,6 +256,82 @@ def test_a_request_that_died_halfway_loses_nothing(came_to: str, host: Host, doc
     assert report.error is None
     assert list(docker.has) == ["p._.alice"]
     assert docker.has["p._.alice"].id == (new.id if came_to == "record" else first.container["id"])
+
+
+def test_an_engine_that_fails_while_a_request_is_undone_leaves_the_old_one_as_it_was(docker: Engine) -> None:
+    """It was killed, and is there again: what stands in the old one's place goes at the second try."""
+    (first,) = apply(wish())
+    docker.refuses_once = {"unpack", "remove"}
+    (report,) = apply(wish(recreate="always"))
+    assert report.error
+    assert report.error.message.startswith("The Docker engine could not unpack.")
+    assert list(docker.has) == ["p._.alice"]
+    assert docker.has["p._.alice"].id == first.container["id"]
+
+
+def test_what_could_not_be_undone_is_told_with_the_next_step(docker: Engine) -> None:
+    (first,) = apply(wish())
+    docker.refuses, docker.refuses_once = "remove", {"unpack"}
+    (report,) = apply(wish(recreate="always"))
+    assert report.error
+    assert str(report.error) == (
+        "The Docker engine could not unpack."
+        " What was begun could not be taken back: The Docker engine could not remove."
+        " If p._.alice is gone, it is there with its files as replaced.p._.alice:"
+        " the next request for it, or ds01 reconcile, gives it its name again."
+    )
+    docker.refuses = ""
+    containers = Containers(Allocations(Paths.from_env()))
+    assert [action and action.kind for action in (containers.left_aside(NAME), containers.put_back(NAME))] == [
+        "container.put_back",
+        "container.put_back",
+    ]
+    assert containers.left_aside(NAME) is containers.put_back(NAME) is None
+    assert list(docker.has) == ["p._.alice"]
+    assert docker.has["p._.alice"].id == first.container["id"]
+
+
+def test_a_new_one_that_could_not_be_made_is_told_with_the_next_step(docker: Engine) -> None:
+    docker.refuses, docker.refuses_once = "remove", {"unpack"}
+    (report,) = apply(wish())
+    assert report.error
+    assert str(report.error).endswith("The next request for p._.alice, or ds01 reconcile, puts it right.")
+    docker.refuses = ""
+    (report,) = apply(wish())
+    assert (report.error, report.actions) == (None, ["removed", "created", "started"])
+
+
+@pytest.mark.parametrize("status", ["created", "exited", "running"])
+def test_a_new_one_that_failed_and_could_not_be_removed_is_never_taken_for_complete(
+    status: str, docker: Engine
+) -> None:
+    """The request had failed: the record is the old one's again."""
+    (first,) = apply(wish())
+    docker.rename("p._.alice", OLD)
+    docker.create("p._.alice", {"Image": "img", "Labels": docker.has[OLD].labels})
+    docker._set("p._.alice", status)
+    (report,) = apply(wish("present"))
+    assert report.error is None
+    assert list(docker.has) == ["p._.alice"]
+    assert docker.has["p._.alice"].id == first.container["id"]
+
+
+def test_somebody_elses_container_of_the_name_costs_nobody_his_own(docker: Engine) -> None:
+    apply(wish())
+    docker.rename("p._.alice", OLD)
+    docker.has["p._.alice"] = Container("id-x", "p._.alice", "running", "img", {})
+    (report,) = apply(wish("present"))
+    assert report.error and report.error.reason == "container_foreign"
+    assert sorted(docker.has) == ["p._.alice", OLD]
+
+
+def test_one_that_was_set_aside_counts_once(docker: Engine) -> None:
+    """Another request of its user finds it under its own name, as the ledger has it."""
+    apply(wish())
+    docker.rename("p._.alice", OLD)
+    now = Ledger(allocations={"p._.alice": Allocation("p._.alice", "alice", (), 0, NOW)})
+    assert other_containers(ContainerName("q", "alice", "q._.alice"), docker.containers(), now) == 1
+    assert other_containers(NAME, docker.containers(), now) == 0
 
 
 def test_a_users_own_container_of_such_a_name_is_left_alone(docker: Engine) -> None:

@@ -20,6 +20,9 @@ def server(free: int = 0, taken: int = 0, container: str = "", problems: int = 0
         pytest.param({"a": server(1), "b": server(3), "c": server(2, taken=9)}, "b", id="most free devices"),
         pytest.param({"b": server(2), "a": server(2)}, "a", id="a tie goes by name"),
         pytest.param({"a": server(9), "b": server(0, container="p._.alice")}, "b", id="where the container is"),
+        pytest.param(
+            {"a": server(9), "b": server(0, container="replaced.p._.alice")}, "b", id="where a request set it aside"
+        ),
         pytest.param({"a": server(9, problems=1), "b": server(1)}, "b", id="one that does not answer comes last"),
         pytest.param({"a": server(9), "b": server(9, container="q._.alice")}, "a", id="another project does not bind"),
     ],

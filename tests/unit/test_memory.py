@@ -28,10 +28,25 @@ def test_a_clock_that_was_set(jump: float, distrusted: bool) -> None:
     assert (now == KNOWN) is not distrusted, "nothing is written for a clock that keeps its pace"
 
 
-def test_a_boot_begins_anew() -> None:
-    set_ahead = KNOWN.at("boot", NOW + timedelta(days=1), 1000.0)
-    assert set_ahead.distrusts(1000.0)
-    assert not set_ahead.at("another boot", NOW, 10.0).distrusts(10.0)
+@pytest.mark.parametrize("known", [KNOWN, Memory()], ids=["another boot is remembered", "nothing is"])
+@pytest.mark.parametrize("ahead", [timedelta(), timedelta(hours=13), timedelta(hours=-13)])
+def test_a_clock_is_not_trusted_for_an_hour_after_a_boot(known: Memory, ahead: timedelta) -> None:
+    booted = known.at("another boot", NOW + ahead, 10.0)
+    assert booted.distrusts(10.0)
+    later = booted.at("another boot", NOW + ahead + timedelta(seconds=60), 70.0)
+    assert later == booted, "it keeps its pace"
+    assert later.distrusts(DISTRUST - 1)
+    assert not later.distrusts(DISTRUST)
+
+
+def test_one_that_is_put_right_after_a_boot_is_trusted_an_hour_later() -> None:
+    put_right = KNOWN.at("another boot", NOW + timedelta(hours=13), 10.0).at("another boot", NOW, 610.0)
+    assert put_right.distrusts(610.0 + DISTRUST - 1)
+    assert not put_right.distrusts(610.0 + DISTRUST)
+
+
+def test_a_server_that_has_been_up_for_long_when_it_is_first_looked_at_is_trusted() -> None:
+    assert not Memory().at("boot", NOW, DISTRUST).distrusts(DISTRUST)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

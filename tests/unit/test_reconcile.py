@@ -221,6 +221,76 @@ def not_started_yet(server: Server) -> list[str]:
     return []
 
 
+def set_aside(server: Server, container: str) -> Box:
+    """A request that was to make it anew died, right after this."""
+    box = server.world.boxes[container]
+    if box.runs:
+        server.world.stop(box)
+    server.world.rename_box(box, names.set_aside(container))
+    return box
+
+
+def one_was_set_aside(server: Server) -> list[str]:
+    set_aside(server, "p._.alice")
+    server.passes(MINUTE)
+    return ["gpu.held p._.alice", "container.put_back p._.alice"]
+
+
+def one_was_set_aside_a_moment_ago(server: Server) -> list[str]:
+    set_aside(server, "p._.alice")
+    return ["container.put_back p._.alice"]
+
+
+def one_that_held_its_device_was_set_aside(server: Server) -> list[str]:
+    set_aside(server, "q._.bob")
+    return ["container.put_back q._.bob"]
+
+
+def one_was_set_aside_long_ago(server: Server) -> list[str]:
+    set_aside(server, "p._.alice")
+    server.passes(49 * HOUR)
+    return [
+        "gpu.released p._.alice",
+        "gpu.released q._.bob",
+        "container.put_back p._.alice",
+        "container.removed q._.bob",
+    ]
+
+
+def one_was_set_aside_for_one_that_is_not_complete(server: Server) -> list[str]:
+    """It was granted its device anew, and nobody came for that."""
+    server.world.stop(server.world.boxes["p._.alice"])
+    server.passes(MINUTE)
+    reconcile.reconcile(server.ds01)
+    server.ask("p._.alice", startable=True)
+    set_aside(server, "p._.alice")
+    server.makes("p._.alice")
+    server.passes(10 * MINUTE)
+    return ["gpu.held p._.alice", "container.put_back p._.alice"]
+
+
+def one_without_a_device_was_set_aside(server: Server) -> list[str]:
+    labels = {"ds01.managed": "true", "ds01.user": "carol", "ds01.gpus": "0"}
+    server.world.start(server.world.create("c._.carol", labels))
+    set_aside(server, "c._.carol")
+    return ["container.put_back c._.carol"]
+
+
+def one_is_left_beside_its_successor(server: Server) -> list[str]:
+    """The request died before it had removed it."""
+    set_aside(server, "p._.alice")
+    box = server.makes("p._.alice")
+    assert server.world.start(box)
+    server.world.note_devices(box, box.opened)
+    return ["container.removed replaced.p._.alice"]
+
+
+def one_has_a_project_of_such_a_name(server: Server) -> list[str]:
+    labels = {"ds01.managed": "true", "ds01.user": "carol", "ds01.gpus": "0"}
+    server.world.start(server.world.create("replaced.p._.carol", labels))
+    return []
+
+
 def the_ledger_is_lost(server: Server) -> list[str]:
     lose(server)
     return []
@@ -256,6 +326,14 @@ HAPPENED: list[Callable[[Server], list[str]]] = [
     stopped_not_so_long_ago,
     never_started,
     not_started_yet,
+    one_was_set_aside,
+    one_was_set_aside_a_moment_ago,
+    one_that_held_its_device_was_set_aside,
+    one_was_set_aside_long_ago,
+    one_was_set_aside_for_one_that_is_not_complete,
+    one_without_a_device_was_set_aside,
+    one_is_left_beside_its_successor,
+    one_has_a_project_of_such_a_name,
     nothing,
 ]
 
@@ -346,6 +424,56 @@ def test_one_that_was_never_started_is_looked_at_once_more(server: Server, monke
     assert "r._.carol" in server.world.boxes
 
 
+# --- containers that were set aside for a new one
+
+
+def test_one_that_was_set_aside_is_the_same_as_before(server: Server) -> None:
+    box = set_aside(server, "p._.alice")
+    device = server.ledger["p._.alice"]
+    server.run()
+    assert server.world.boxes["p._.alice"] is box
+    assert server.ledger["p._.alice"] == device
+    assert server.told("container.put_back") == [
+        "p._.alice has its name again: the request that was to replace it died."
+    ]
+
+
+def test_what_is_set_aside_keeps_its_device_from_others(server: Server) -> None:
+    """Whoever asks before a reconcile has put it back finds no device that is free again."""
+    before = server.ledger["p._.alice"]
+    set_aside(server, "p._.alice")
+    server.ask("r._.carol")
+    assert server.ledger["p._.alice"] == before
+
+
+def test_nothing_is_put_back_while_a_request_works_on_it(server: Server) -> None:
+    set_aside(server, "p._.alice")
+    with at_work(server, "containers.lock", "p._.alice"):
+        assert server.foreseen() == server.run() == []
+    assert server.run() == ["container.put_back p._.alice"]
+
+
+def test_one_whose_name_is_somebody_elses_is_named_and_stays(server: Server) -> None:
+    box = set_aside(server, "p._.alice")
+    server.world.create("p._.alice", {})
+    for verb in (reconcile.foresee, reconcile.reconcile):
+        assert [(p["stage"], p["reason"]) for p in verb(server.ds01).problems] == [("p._.alice", "container_foreign")]
+    assert sorted(server.world.boxes) == ["p._.alice", "q._.bob", box.name]
+    server.world.remove(server.world.boxes["p._.alice"], record_too=False)
+    server.run()
+    assert server.world.boxes["p._.alice"] is box
+
+
+def test_one_that_nobody_could_see_is_kept_as_long_as_if_it_had_stopped_when_it_came_back(server: Server) -> None:
+    set_aside(server, "p._.alice")
+    server.passes(49 * HOUR)
+    server.run()
+    server.passes(12 * HOUR - MINUTE)
+    assert server.run() == []
+    server.passes(MINUTE)
+    assert server.run() == ["container.removed p._.alice"]
+
+
 # --- how often it looks
 
 
@@ -423,10 +551,11 @@ def test_records_of_containers_that_are_gone_go_too(server: Server) -> None:
 
 
 def test_the_record_of_one_that_was_set_aside_stays(server: Server) -> None:
-    """A request died while it replaced it; the next one puts it back."""
+    """A request died while it replaced it."""
     file = record_of(server, "p._.carol", 2 * HOUR)
-    server.world.create(names.set_aside("p._.carol"), {"ds01.managed": "true", "ds01.user": "carol", "ds01.gpus": "0"})
-    assert "record.removed p._.carol" not in server.foreseen()
+    server.world.create("p._.carol", {"ds01.managed": "true", "ds01.user": "carol", "ds01.gpus": "0"})
+    set_aside(server, "p._.carol")
+    assert server.foreseen() == server.run() == ["container.put_back p._.carol"]
     assert file.exists()
 
 
@@ -528,15 +657,15 @@ def test_a_limits_file_with_a_mistake_says_what_to_do_to_nobody(server: Server) 
 
 
 @contextlib.contextmanager
-def another_run(server: Server) -> Iterator[subprocess.Popen[bytes]]:
-    """One that is at work until its input ends."""
+def at_work(server: Server, lock: str, name: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Somebody who has this lock until its input ends."""
     code = (
         "import sys; sys.path[:0] = sys.argv[1:2]\n"
         "from pathlib import Path; from ds01 import exclusion\n"
-        "with exclusion.alone(Path(sys.argv[2]), 'reconcile'):\n  print(flush=True); sys.stdin.read()"
+        "with exclusion.alone(Path(sys.argv[2]), sys.argv[3]):\n  print(flush=True); sys.stdin.read()"
     )
     root = next(p for p in sys.path if p.endswith("module_utils"))
-    argv = [sys.executable, "-c", code, root, str(server.host.state / "reconcile.lock")]
+    argv = [sys.executable, "-c", code, root, str(server.host.state / lock), name]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout
         other.stdout.readline()
@@ -547,7 +676,7 @@ def another_run(server: Server) -> Iterator[subprocess.Popen[bytes]]:
 def test_it_never_runs_twice_at_a_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconcile, "_LOCK_WAIT", 0.1)
     server.passes(HOUR)
-    with another_run(server) as other:
+    with at_work(server, "reconcile.lock", "reconcile") as other:
         with pytest.raises(Ds01Error) as caught:
             reconcile.reconcile(server.ds01)
         assert caught.value.reason == "lock_timeout"
@@ -558,7 +687,7 @@ def test_it_never_runs_twice_at_a_time(server: Server, monkeypatch: pytest.Monke
 
 def test_a_second_run_waits_for_the_first(server: Server) -> None:
     server.passes(HOUR)
-    with another_run(server) as other, ThreadPoolExecutor(1) as thread:
+    with at_work(server, "reconcile.lock", "reconcile") as other, ThreadPoolExecutor(1) as thread:
         second = thread.submit(reconcile.reconcile, server.ds01)
         with pytest.raises(NotYetError):
             second.result(timeout=0.3)
@@ -590,12 +719,31 @@ def test_a_clock_that_stays_as_it_was_set_is_trusted_after_an_hour(server: Serve
     assert server.run() == ["container.removed q._.bob"]
 
 
-def test_a_clock_that_is_put_right_at_boot_is_trusted(server: Server) -> None:
-    """A host that slept: nothing is known of its clock's pace in this boot."""
+def boots(server: Server, clock_ahead: timedelta) -> None:
     server.world.reboot(turned=False, order={})
-    server.world.later(timedelta(days=1))
+    server.world.later(clock_ahead)
     server.uptime = 60.0
-    assert "container.removed q._.bob" in server.run()
+
+
+def test_a_clock_that_is_wrong_at_boot_removes_nobody_before_it_is_put_right(server: Server) -> None:
+    boots(server, 13 * HOUR)
+    server.run()
+    server.passes(10 * MINUTE)
+    server.run()
+    server.world.later(-13 * HOUR)
+    assert "container.removed q._.bob" not in server.run()
+    server.passes(HOUR)
+    server.run()
+    assert set(server.world.boxes) == {"p._.alice", "q._.bob"}
+
+
+def test_a_server_that_was_off_for_long_removes_what_is_over_an_hour_after_it_is_on_again(server: Server) -> None:
+    boots(server, 13 * HOUR)
+    server.run()
+    server.passes(HOUR - MINUTE - timedelta(seconds=1))
+    assert server.foreseen() == server.run() == []
+    server.passes(timedelta(seconds=1))
+    assert server.foreseen() == server.run() == ["container.removed p._.alice", "container.removed q._.bob"]
 
 
 # --- the disk is full

@@ -273,6 +273,11 @@ class World:
         if record_too:
             (self.metadata / f"{box.name}.json").unlink(missing_ok=True)
 
+    def rename_box(self, box: Box, new: str) -> None:
+        del self.boxes[box.name]
+        box.name = new
+        self.boxes[new] = box
+
     def note_devices(self, box: Box, slots: Sequence[Slot]) -> None:
         """The metadata record that DS01 keeps of a container it started."""
         record = {"container_id": box.id, "devices": [slot.record for slot in slots]}
@@ -368,6 +373,12 @@ class Client:
         if box.runs and not force:
             raise docker.errors.APIError("it runs", explanation=f"cannot remove {name}: it runs")
         self._world.remove(box, record_too=False)
+
+    def rename(self, name: str, new: str) -> None:
+        self._answers()
+        if new in self._world.boxes:
+            raise docker.errors.APIError("it is taken", explanation=f"cannot rename {name}: {new} is in use")
+        self._world.rename_box(self._find(name), new)
 
     def _find(self, name: str) -> Box:
         found = next((box for box in self._world.boxes.values() if name in (box.name, box.id)), None)

@@ -1,9 +1,10 @@
 #!/opt/ds01/venv/bin/python
 """Runs a module as Ansible's interpreter, and kills the engine when it is asked, for the KILLS_AT-th time, to change
-something: just before it gets to know, or KILLS_LATER seconds afterwards."""
+something: just before it gets to know, or KILLS_LATER seconds afterwards; with KILLS_ITSELF the module as well."""
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 
@@ -18,6 +19,8 @@ def watch(event: str, details: tuple) -> None:
         process = subprocess.Popen(["/bin/sh", "-c", kill])
         if float(later) == 0:
             process.wait()
+        if "KILLS_ITSELF" in os.environ:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 sys.addaudithook(watch)

@@ -641,6 +641,6 @@ def _needs_driver(changes: Sequence[Change]) -> bool:
 
 def other_containers(name: names.ContainerName, containers: Sequence[engine.Container], now: Ledger) -> int:
     """The user's containers besides this one: those the engine has, and those granted but not made yet."""
-    existing = {c.name for c in containers if c.user == name.user}
+    existing = {c.called for c in containers if c.user == name.user}
     promised = {a.container for a in now.of_user(name.user)}
-    return len((existing | promised) - {name.full, names.set_aside(name.full)})
+    return len((existing | promised) - {name.full})

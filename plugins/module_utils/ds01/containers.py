@@ -11,6 +11,9 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from . import (
@@ -18,6 +21,7 @@ from . import (
     confinement,
     container_spec,
     container_steps,
+    drift,
     engine,
     exclusion,
     files,
@@ -42,6 +46,14 @@ _SETTLE = 0.3
 _MANY = 2
 """From so many containers on, one listing is asked for first."""
 _RUNNING = ("running", "restarting")  # not paused: that is no success of a start
+
+
+@dataclass(frozen=True)
+class _Aside:
+    """A container that was set aside, and whether the new one came so far that it needs no other."""
+
+    old: engine.Container
+    complete: bool
 
 
 class Containers:
@@ -95,7 +107,7 @@ class Containers:
     def _alone(self, wish: Wish) -> Report:
         """One wish, while no other request works on its container."""
         try:
-            with exclusion.alone(self._allocations.paths.state / "containers.lock", wish.name.full):
+            with exclusion.alone(self._lock, wish.name.full):
                 self._put_back(wish.name)
                 return self._each(wish, self._carry_out, self._engine)
         except Ds01Error as exc:
@@ -113,12 +125,7 @@ class Containers:
 
     def _plan(self, wish: Wish, seen: _Seen) -> Plan:
         existing = seen.container(wish.name.full)
-        if existing and existing.labels.get(engine.MANAGED) != "true":
-            raise Ds01Error(
-                "container_foreign",
-                f"A container {existing.name} exists, but DS01 did not make it.",
-                "Rename or remove it with docker, then try again.",
-            )
+        _check_ours(existing)
         if wish.state == "absent":
             status = existing.status if existing else None
             return Plan(existing, None, container_steps.steps(wish, status, differs=False))
@@ -165,16 +172,21 @@ class Containers:
         return describe(outcome.allocation) if outcome.allocation else None
 
     def _carry_out(self, wish: Wish, plan: Plan, report: Report) -> None:
+        failure: Ds01Error | None = None
         try:
             with contextlib.ExitStack() as undo:
-                for step in plan.steps:
-                    if getattr(self, f"_{step}")(wish, plan, undo):
-                        report.actions.append(_DONE[step])
+                try:
+                    for step in plan.steps:
+                        if getattr(self, f"_{step}")(wish, plan, undo):
+                            report.actions.append(_DONE[step])
+                except Ds01Error as exc:
+                    failure = exc
+                    raise
                 undo.pop_all()
-        except Ds01Error:
+        except Ds01Error as exc:
             undone = _UNDONE if "set_aside" in plan.steps else ("allocated", "created")
             report.actions = [action for action in report.actions if action not in undone]
-            raise
+            raise exc if failure in (None, exc) else _half_undone(failure, exc, wish.name, plan) from None
         if "set_aside" in plan.steps:
             self._drop_old(wish.name, report)
         container = self._engine.container(wish.name.full) if plan.steps else plan.existing
@@ -275,8 +287,16 @@ class Containers:
             undo.callback(self._start_again, name)
             self._engine.stop(name.full, wish.stop_timeout)
         self._engine.rename(name.full, names.set_aside(name.full))
-        undo.callback(self._engine.rename, names.set_aside(name.full), name.full)
+        undo.callback(self._take_back_name, name)
         return True
+
+    def _take_back_name(self, name: names.ContainerName) -> None:
+        """The old one is called again as it was; what stands there in its place goes."""
+        new = self._engine.container(name.full)
+        _check_ours(new)
+        if new:
+            self._engine.remove(name.full)
+        self._engine.rename(names.set_aside(name.full), name.full)
 
     def _start_again(self, name: names.ContainerName) -> None:
         with contextlib.suppress(Ds01Error):  # why the new one could not be made is what has to be told
@@ -288,18 +308,61 @@ class Containers:
         except Ds01Error as exc:
             report.warnings.append(f"The old container could not be removed; the next request does so. {exc}")
 
-    def _put_back(self, name: names.ContainerName) -> None:
+    def left_aside(self, name: names.ContainerName) -> drift.Action | None:
+        """What `put_back` would do now."""
+        if exclusion.is_busy(self._lock, name.full):
+            return None
+        found = self._aside(name)
+        return drift.of_aside(name, found.old.id, found.complete) if found else None
+
+    def put_back(self, name: names.ContainerName) -> drift.Action | None:
+        """Put right what a request that died left set aside, with an event; None where there is nothing, or a request
+        works on it. Raises Ds01Error: `container_foreign` where another container has its name."""
+        try:
+            with exclusion.alone(self._lock, name.full, timeout=0):
+                return self._put_back(name)
+        except Ds01Error as exc:
+            if exc.reason != "container_busy":
+                raise
+            return None
+
+    def _put_back(self, name: names.ContainerName) -> drift.Action | None:
         """What a request that died had set aside: it takes its name again, unless the new one is complete."""
+        found = self._aside(name)
+        if found is None:
+            return None
+        if found.complete:
+            self._engine.remove(found.old.name)
+        else:
+            self._note_return(name, found.old.id)
+            self._take_back_name(name)
+        action = drift.of_aside(name, found.old.id, found.complete)
+        self._allocations.events.record(action, self._allocations.clock())
+        return action
+
+    def _aside(self, name: names.ContainerName) -> _Aside | None:
+        """What is set aside under this name; not a container whose own name is like that."""
         old = self._engine.container(names.set_aside(name.full))
-        if old is None or old.own or old.labels.get(engine.MANAGED) != "true":
-            return  # nothing, or a container whose own name is like that
+        if old is None or old.called != name.full or old.labels.get(engine.MANAGED) != "true":
+            return None
         new = self._engine.container(name.full)
-        if new and self._finished(name, new):
-            self._engine.remove(old.name)
-            return
-        if new:
-            self._engine.remove(name.full)
-        self._engine.rename(old.name, name.full)
+        _check_ours(new)
+        # Where the record is the old one's again, the new one failed, and could not be removed.
+        undone = self._metadata(name).get("container_id") == old.id
+        return _Aside(old, bool(new and self._finished(name, new) and not undone))
+
+    def _note_return(self, name: names.ContainerName, container_id: str) -> None:
+        """Nobody could see it before: how long it is kept counts from now."""
+        record = self._metadata(name)
+        if record.get("container_id") == container_id:
+            self._put_metadata(name, {**record, "put_back_at": units.format_time(self._allocations.clock())})
+
+    def put_back_at(self, name: names.ContainerName, container_id: str) -> datetime | None:
+        """When a container last got its name back; None: it always had it."""
+        record = self._metadata(name)
+        with contextlib.suppress(KeyError, ValueError, TypeError, AttributeError):
+            return units.parse_time(record["put_back_at"]) if record.get("container_id") == container_id else None
+        return None
 
     def _unpause(self, wish: Wish, _plan: Plan, _undo: contextlib.ExitStack) -> bool:
         self._engine.unpause(wish.name.full)
@@ -322,7 +385,7 @@ class Containers:
         """Remove a container that does not run, and what belongs to it; False where it is gone, or another has its
         name by now. Raises Ds01Error: `engine_error` for one that was started meanwhile, `container_busy` while
         somebody else works on it."""
-        with exclusion.alone(self._allocations.paths.state / "containers.lock", name.full):
+        with exclusion.alone(self._lock, name.full):
             there = self._engine.container(name.full)
             if there is None or there.id != container_id:
                 return False
@@ -334,7 +397,7 @@ class Containers:
 
     def forget(self, name: names.ContainerName) -> bool:
         """Remove the record of a container that is gone; False where there is one by now. Raises Ds01Error."""
-        with exclusion.alone(self._allocations.paths.state / "containers.lock", name.full):
+        with exclusion.alone(self._lock, name.full):
             if self._engine.container(name.full):
                 return False
             self._metadata_path(name).unlink(missing_ok=True)
@@ -408,6 +471,10 @@ class Containers:
             reuse_held=wish.reuse_held,
         )
 
+    @property
+    def _lock(self) -> Path:
+        return self._allocations.paths.state / "containers.lock"
+
     def _metadata_path(self, name: names.ContainerName) -> Any:
         return self._allocations.paths.metadata / f"{name.full}.json"
 
@@ -430,8 +497,12 @@ class Containers:
 
     def _put_metadata(self, name: names.ContainerName, record: dict[str, Any]) -> None:
         path = self._metadata_path(name)
-        files.make_directory(path.parent, 0o750)
-        files.replace(path, json.dumps(record, indent=1).encode() + b"\n", 0o640)
+        try:
+            files.make_directory(path.parent, 0o750)
+            files.replace(path, json.dumps(record, indent=1).encode() + b"\n", 0o640)
+        except OSError as exc:
+            message = f"{path} cannot be written: {exc.strerror}."
+            raise Ds01Error("permission_denied", message, files.remedy(exc)) from None
 
     def _event(self, event: str, name: names.ContainerName, **fields: Any) -> None:
         self._allocations.events.write(event, self._allocations.clock(), user=name.user, container=name.full, **fields)
@@ -472,6 +543,28 @@ def _account(name: names.ContainerName) -> names.Account:
     if account.uid == 0:
         raise Ds01Error("invalid_input", "Containers are not made for root.", "Name the user they are for.")
     return account
+
+
+def _check_ours(container: engine.Container | None) -> None:
+    if container and container.labels.get(engine.MANAGED) != "true":
+        raise Ds01Error(
+            "container_foreign",
+            f"A container {container.name} exists, but DS01 did not make it.",
+            "Rename or remove it with docker, then try again.",
+        )
+
+
+def _half_undone(failure: Ds01Error, left: Ds01Error, name: names.ContainerName, plan: Plan) -> Ds01Error:
+    """Why a request failed, where what it had begun could not be taken back: what there is now, and the next step."""
+    next_step = f"The next request for {name.full}, or ds01 reconcile, puts it right."
+    if "set_aside" in plan.steps:
+        old = names.set_aside(name.full)
+        next_step = (
+            f"If {name.full} is gone, it is there with its files as {old}: "
+            "the next request for it, or ds01 reconcile, gives it its name again."
+        )
+    message = f"{failure.message} What was begun could not be taken back: {left.message}"
+    return Ds01Error(failure.reason, message, f"{failure.hint} {next_step}".strip(), **failure.details)
 
 
 def _raise_refusal(outcome: Outcome) -> None:

@@ -72,7 +72,8 @@ class Action:
 
 @dataclass(frozen=True)
 class Box:
-    """One of DS01's containers. `finished_at` is when it last stopped; None: it never ran, or nobody asked."""
+    """One of DS01's containers. `finished_at` is when it last stopped; None: it never ran, or nobody asked.
+    `put_back_at` is when it last got its name back: its user could not see it before."""
 
     name: str
     user: str
@@ -80,6 +81,7 @@ class Box:
     status: str
     created_at: datetime | None = None
     finished_at: datetime | None = None
+    put_back_at: datetime | None = None
 
 
 def of_outcome(outcome: Outcome) -> Action:
@@ -101,6 +103,18 @@ def of_missing(device: Device, whose: Allocation) -> Action:
     """A device that somebody has and the host does not show."""
     message = f"{device.id} ({device.profile}) of {whose.container} is missing: sudo ds01 restore cuts it again."
     return Action("device.missing", whose.container, message, whose.user, {"uuid": device.uuid, "device": device.id})
+
+
+def of_aside(name: ContainerName, container_id: str, complete: bool) -> Action:
+    """A container that a request which died had set aside for a new one: where that one is `complete` it goes, else it
+    takes its name again."""
+    details = {"container_id": container_id}
+    if complete:
+        old = names.set_aside(name.full)
+        message = f"{old} is removed: another one took its place, and the request for that died."
+        return Action("container.removed", old, message, name.user, details)
+    message = f"{name.full} has its name again: the request that was to replace it died."
+    return Action("container.put_back", name.full, message, name.user, details)
 
 
 def of_records(written: Mapping[str, datetime], there: Collection[str], now: datetime) -> Iterator[Action]:
@@ -140,7 +154,7 @@ def _over(box: Box, config: Config, now: datetime) -> str:
     hold = resolve(config, box.user).container_hold_after_stop
     if box.status not in _STOPPED or hold is None or box.finished_at is None:
         return ""
-    if _is_younger(box.finished_at, hold, now):
+    if any(_is_younger(since, hold, now) for since in (box.finished_at, box.put_back_at)):
         return ""
     stopped = units.format_time(box.finished_at)
     return f"it stopped at {stopped}, and {box.user}'s stopped containers are kept for {units.format_duration(hold)}"

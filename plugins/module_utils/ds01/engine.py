@@ -9,11 +9,11 @@ import posixpath
 import tarfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
-from . import occupancy, units
+from . import names, occupancy, units
 from .container_spec import WORKSPACE
 from .errors import Ds01Error
 from .libraries import require
@@ -54,6 +54,13 @@ class Container:
         """Whether DS01 made it: an image that was committed from one of its containers carries the labels on."""
         named = self.name.startswith(f"{self.labels.get('ds01.project')}._.")
         return named and self.labels.get("ds01.allocation") == (self.name if self.gpus else "")
+
+    @property
+    def called(self) -> str:
+        """What its user calls it: also while it is set aside for a new one."""
+        before = names.before_aside(self.name)
+        aside = before != self.name and replace(self, name=before).own
+        return before if aside else self.name
 
     @property
     def gpus(self) -> int:

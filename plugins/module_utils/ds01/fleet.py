@@ -30,5 +30,10 @@ def rank(hosts: Mapping[str, Mapping[str, Any]], project: str, user: str, profil
     return sorted(hosts, key=key)
 
 
-def _is(container: str, owner: str, project: str, user: str) -> bool:
+def _is(name: str, owner: str, project: str, user: str) -> bool:
+    """Whether it is this one, also where a request that died left it set aside."""
+    return any(_is_called(called, owner, project, user) for called in (name, names.before_aside(name)))
+
+
+def _is_called(container: str, owner: str, project: str, user: str) -> bool:
     return container == project or (names.split(container)[0] == project and owner == user)

@@ -20,7 +20,8 @@ JUMP = 300.0
 """Seconds that the clock may be off its pace before it counts as set: NTP slews less in a minute by far."""
 
 DISTRUST = 3600.0
-"""Seconds in which nothing is removed for its age after the clock was set: somebody may set it back."""
+"""Seconds in which no container is removed for its age after the clock was set, for somebody may set it back, and
+after a boot: nothing tells a clock that is ahead from a server that was off, and it may be set only later."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ class Memory:
     asked: Mapping[str, int] = field(default_factory=dict)
 
     def at(self, boot_id: str, now: datetime, since_boot: float) -> Memory:
-        """The memory once the clock was read: whether it was set since the run before."""
+        """The memory once the clock was read: whether it was set since the run before, or the host booted."""
         offset = now.timestamp() - since_boot
         if boot_id != self.boot_id or self.offset is None:
-            return replace(self, boot_id=boot_id, offset=offset, distrust_until=0.0)
+            return replace(self, boot_id=boot_id, offset=offset, distrust_until=DISTRUST)
         if abs(offset - self.offset) <= JUMP:
             return self
         return replace(self, offset=offset, distrust_until=since_boot + DISTRUST)

@@ -176,9 +176,17 @@ def group_dropin_dir(group: str) -> str:
     return f"ds01-{escape_slice_part(group)}-.slice.d"
 
 
+_ASIDE = "replaced."
+
+
 def set_aside(container: str) -> str:
     """What a container is called while another one takes its place."""
-    return f"replaced.{container}"
+    return f"{_ASIDE}{container}"
+
+
+def before_aside(container: str) -> str:
+    """What it was called before, if it was set aside: a user may have a project of such a name."""
+    return container.removeprefix(_ASIDE)
 
 
 def cdi_device(container: str) -> str:

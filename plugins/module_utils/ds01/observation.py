@@ -40,8 +40,8 @@ class Observation:
 
     @property
     def running(self) -> frozenset[str]:
-        """Names of the containers that run, or are paused."""
-        return frozenset(c.name for c in self.containers if c.status in engine.RUNNING)
+        """What the containers that run, or are paused, are called."""
+        return frozenset(c.called for c in self.containers if c.status in engine.RUNNING)
 
     def completed(self, change: Change) -> Change:
         """A stop's own time, where whoever reports it gives none: Docker's FinishedAt."""
@@ -74,7 +74,7 @@ class Observer:
         """The engine and the driver. `stopping` names containers of which it matters when they stopped, `harmless`
         those outside DS01 that may see GPUs without using them."""
         listing = self._engine().listing()
-        seen = {c.name: self._seen(c, now, c.name in stopping) for c in listing.ours}
+        seen = {name: self._seen(name, c, now, name in stopping) for name, c in _standing(listing.ours).items()}
         identity = self._identity(now, seen)
         found = Observation(containers=listing.ours, seen=seen, engine_id=identity, others=listing.others)
         if driver is None:
@@ -96,9 +96,9 @@ class Observer:
         occupied = occupancy.occupied(inventory, uses, running, processes.describe)
         return replace(seen, inventory=inventory, occupied=occupied, uses=uses, processes=running)
 
-    def _seen(self, container: engine.Container, now: Ledger, stopping: bool) -> Seen:
+    def _seen(self, name: str, container: engine.Container, now: Ledger, stopping: bool) -> Seen:
         """One container; when it stopped is asked for only where the ledger does not know it."""
-        allocation = now.allocations.get(container.name)
+        allocation = now.allocations.get(name)
         stopped = container.status in engine.STOPPED
         if stopped and (stopping or (allocation and allocation.status != "held")):
             container = self._engine().container(container.name) or container
@@ -144,9 +144,17 @@ def _as_opened(uses: Sequence[GpuUse], inventory: Inventory, driver: nvml.Nvml) 
     ]
 
 
+def _standing(containers: Sequence[engine.Container]) -> Mapping[str, engine.Container]:
+    """Which container is meant by a name: one that was set aside until the new one was started, so that it keeps its
+    device where no new one comes."""
+    named = {c.name: c for c in containers}
+    aside = {c.called: c for c in containers if c.called != c.name}
+    return {**named, **{name: c for name, c in aside.items() if name not in named or named[name].status == "created"}}
+
+
 def _is_loose(container: engine.Container, now: Ledger) -> bool:
     """Whether one that carries DS01's label may have a device that the ledger does not know of."""
-    runs = container.status in engine.RUNNING and container.name not in now.allocations
+    runs = container.status in engine.RUNNING and container.called not in now.allocations
     return runs and (container.gpus > 0 or not container.own)
 
 

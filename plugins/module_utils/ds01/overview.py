@@ -106,7 +106,7 @@ def containers(allocations: Allocations) -> list[dict[str, Any]]:
     held = allocations.store.read().allocations
     found = () if engine.disabled() else allocations.engine.containers()
     return [
-        {**_container(c), "gpu_id": held[c.name].gpu_id if c.name in held else None}
+        {**_container(c), "gpu_id": held[c.called].gpu_id if c.called in held else None}
         for c in sorted(found, key=lambda c: c.name)
     ]
 

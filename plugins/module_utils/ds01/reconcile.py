@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
@@ -39,6 +39,7 @@ from .drift import Action, Box
 from .errors import Ds01Error
 from .memory import Memory
 from .metrics import Picture
+from .names import ContainerName
 from .strangers import Stranger
 
 DEADLINE = 300.0
@@ -166,6 +167,7 @@ def reconcile(ds01: Allocations) -> Reconciled:
             settled = _settle(ds01, run)
             now = _meet_strangers(ds01, settled, now, run)
         with run.stage("containers"):
+            _each_aside(ds01, run, Containers(ds01).put_back)
             _remove(ds01, _overdue(ds01, run, now), run)
             _forget(ds01, _leftover_records(ds01, run), run)
         with run.stage("policies"):
@@ -203,6 +205,7 @@ def foresee(ds01: Allocations) -> Reconciled:
             run.actions += due.actions
             due.check()
     with run.stage("containers"):
+        _each_aside(ds01, run, Containers(ds01).left_aside)
         run.actions += [*_overdue(ds01, run, now), *_leftover_records(ds01, run)]
     with run.stage("slices"):
         if not engine.disabled():
@@ -334,6 +337,22 @@ def _stopped_strangers(actions: Iterable[Action], run: _Run) -> Iterator[Action]
 # --- containers
 
 
+def _each_aside(ds01: Allocations, run: _Run, look_at: Callable[[ContainerName], Action | None]) -> None:
+    """Look at the containers that a request set aside for a new one: it may have died."""
+    if engine.disabled():
+        return
+    for container in run.containers(ds01):
+        if container.called != container.name:
+            with run.stage(container.called):
+                action = look_at(_named(container.called, container.user))
+                run.actions += [action] if action else []
+
+
+def _named(container: str, user: str) -> ContainerName:
+    """As it is called: whose account is gone is not looked up anew."""
+    return ContainerName(names.split(container)[0], user, container)
+
+
 def _overdue(ds01: Allocations, run: _Run, clock: Memory) -> list[Action]:
     """The containers whose time is over, each asked for by itself where that may be so; while the clock is not to be
     trusted it is no one's."""
@@ -351,7 +370,10 @@ def _box(container: engine.Container) -> Box:
 def _asked(ds01: Allocations, box: Box) -> Box | None:
     """How it is now, and since when; None where it is gone, or made anew."""
     now = ds01.engine.container(box.name)
-    return replace(box, status=now.status, finished_at=now.finished_at) if now and now.id == box.id else None
+    if not now or now.id != box.id:
+        return None
+    put_back_at = Containers(ds01).put_back_at(_named(box.name, box.user), box.id)
+    return replace(box, status=now.status, finished_at=now.finished_at, put_back_at=put_back_at)
 
 
 def _remove(ds01: Allocations, actions: Iterable[Action], run: _Run) -> None:
@@ -367,14 +389,13 @@ def _leftover_records(ds01: Allocations, run: _Run) -> list[Action]:
     if engine.disabled() or not run.settled:
         return []
     seen, ledger = run.settled.seen, run.settled.ledger
-    listed = {c.name for c in (*seen.containers, *seen.others)}
+    listed = {*(c.name for c in (*seen.containers, *seen.others)), *(c.called for c in seen.containers)}
     try:
         written = {file.stem: file.stat().st_mtime for file in ds01.paths.metadata.glob("*.json")}
     except OSError as exc:
         raise Ds01Error("permission_denied", f"{ds01.paths.metadata} could not be read: {exc.strerror}.") from None
     times = {name: datetime.fromtimestamp(time, timezone.utc) for name, time in written.items()}
-    aside = {name for name in times if names.set_aside(name) in listed}
-    return list(drift.of_records(times, {*listed, *aside, *ledger.allocations}, ds01.clock()))
+    return list(drift.of_records(times, {*listed, *ledger.allocations}, ds01.clock()))
 
 
 def _forget(ds01: Allocations, actions: Iterable[Action], run: _Run) -> None:
