@@ -31,7 +31,8 @@ options:
     default: present
   layout:
     description:
-      - The name of a layout in the layouts file. A GPU that no entry of it is for stays as it is.
+      - The name of a layout in the layouts file. A GPU that no entry of it is for stays as it is. An empty name is
+        refused.
       - When O(state=exported), the name that the exported layout gets, V(current) when left out.
     type: str
   gpus:

@@ -80,6 +80,11 @@ def wanted(
 ) -> Wanted:
     """A layout by its name, or profiles by GPU index (`[]`: MIG without instances, `["full"]`: MIG off);
     with neither the limits file's short form. Raises Ds01Error for what makes no sense on any host."""
+    if layout == "":  # an unanswered question is no wish
+        raise invalid_input(
+            "The name of the layout is empty.",
+            "Name one, or leave it out altogether: then the limits file says how every GPU is cut.",
+        )
     if layouts_file is not None and layout is None:
         raise _nameless(layouts_file)
     if layout is not None:
