@@ -132,17 +132,25 @@ def _add_upkeep(commands: Any) -> None:
             "Bring this server back to its own rules: what is over is taken back, what was tampered with is put right.",
             "only say what would be done: a report of drift",
         ),
-        (
-            "restore",
-            (
-                "After a reboot: cut the GPUs again as they were, and give containers their devices again"
-                " (a unit does this)."
-            ),
-            "only say what would be done",
-        ),
     ):
         verb = _add(commands, name, summary, f"ds01 {name} --dry-run")
         verb.add_argument("--dry-run", action="store_true", help=foreseen)
+
+    restore = _add(
+        commands,
+        "restore",
+        "After a reboot: cut the GPUs again as they were, and give containers their devices again (a unit does this).",
+        "ds01 restore --dry-run",
+    )
+    how = restore.add_mutually_exclusive_group()
+    how.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    how.add_argument(
+        "--forget",
+        action="append",
+        default=[],
+        metavar="UUID",
+        help="first leave out a GPU that was taken out of this machine for good; may be repeated",
+    )
 
     shown = _add(
         commands,

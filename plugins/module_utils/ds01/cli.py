@@ -240,6 +240,8 @@ def _cmd_restore(args: argparse.Namespace, ds01: Allocations) -> int:
     from . import relayout
 
     with interruption.as_exception():
+        if args.forget:
+            relayout.forget(ds01, args.forget)
         restored = relayout.foresee_restore(ds01) if args.dry_run else relayout.restore(ds01, _say)
     if args.json:
         _print_json(restored.result())

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import engine, geometry, interruption, mig, nvml, partitions, pausing, processes, records, services, toolkit
 from .cutter import Cutter, cutting
-from .errors import Ds01Error
+from .errors import Ds01Error, invalid_input
 from .ledger import Transaction
 from .mig import GpuState, Holder
 from .model import Device, Inventory, Ledger
@@ -478,6 +478,32 @@ class Restored:
         return "Nothing was cut again." if self.problems else "Every saved layout is in place."
 
 
+def forget(ds01: Allocations, uuids: Collection[str]) -> None:
+    """Leave GPUs that were taken out of this machine out of what is restored. Raises Ds01Error, with nothing
+    forgotten, for one that is there or may be, and for one that is not saved."""
+    with nvml.session() as driver, ds01.store.locked():
+        saved = ds01.saved_layout.read()
+        gpus = driver.inventory().gpus
+        for uuid in uuids:
+            if uuid not in saved.gpus:
+                raise invalid_input(
+                    f"No layout of {uuid} is saved.", f"Saved are those of: {', '.join(saved.gpus) or 'none'}."
+                )
+            if any(gpu.uuid == uuid for gpu in gpus):
+                raise invalid_input(f"{uuid} is there: its layout is kept.", "To cut it otherwise: ds01 mig apply")
+        lost = [str(gpu.index) for gpu in gpus if gpu.health == "lost"]
+        if lost:  # it tells no UUID
+            raise Ds01Error(
+                "gpu_unhealthy",
+                f"GPU {', '.join(lost)} is lost, and may be one that is to be forgotten: every layout is kept.",
+                "Reset it, reboot this host, or take it out; then run this again.",
+            )
+        ds01.saved_layout.write(saved.without(uuids))
+    for uuid in uuids:
+        message = f"{uuid} was taken out for good: it is not cut again."
+        ds01.events.write("mig.forgotten", ds01.clock(), uuid=uuid, message=message)
+
+
 def foresee_restore(ds01: Allocations) -> Restored:
     """What `restore` would do now. Writes nothing."""
     with nvml.session() as driver:
@@ -552,7 +578,10 @@ def _foresee_restore(
     problems = [*unreadable]
     for uuid, saved in _saved(ds01, problems).gpus.items():
         if uuid not in there:
-            problems.append(f"{uuid} is not there: it was removed, or the driver lost it.")
+            problems.append(
+                f"{uuid} is not there: the driver lost it, or it was taken out. If it is gone for good:"
+                f" ds01 restore --forget {uuid}"
+            )
             continue
         answer = mig.plan_placed(there[uuid], saved.layout)
         if isinstance(answer, mig.LayoutRefusal):
