@@ -176,6 +176,12 @@ class TestOnAServer:
         run(layout="current", layouts_file=str(file))
         assert server.cuts() == before
 
+    def test_a_leftover_is_left_out_with_a_warning(self, server: Server) -> None:
+        server.somebody_cuts(1, "1g.10gb", 3, compute=False)
+        result = ds01_mig_profile.exported(service(), "current")
+        assert result["warnings"] == ["1g.10gb at 3 of GPU 1 has no compute instance: it is left out."]
+        assert "1g.10gb" not in result["document"]["mig-configs"]["current"][1]["mig-devices"]
+
     def test_where_every_gpu_is_lost_nothing_is_exported(self, server: Server) -> None:
         server.simulate("lost=0", "lost=1")
         result = ds01_mig_profile.exported(service(), "current")

@@ -207,7 +207,8 @@ def _add_mig(commands: Any) -> None:
     cut = _add(
         mig,
         "apply",
-        "Cut the GPUs as wanted: just what ds01 mig plan shows, all of it or nothing.",
+        "Cut the GPUs as wanted: just what ds01 mig plan shows, all of it or nothing. It does not ask: with neither"
+        " --layout nor --gpu it cuts every GPU that has MIG as the limits file says.",
         "ds01 mig apply --layout all-balanced",
     )
     _add_wanted_layout(cut)
@@ -219,7 +220,7 @@ def _add_wanted_layout(command: Any) -> None:
     wanted.add_argument(
         "--layout",
         metavar="NAME",
-        help="a layout of the layouts file (neither this nor --gpu: the limits file's"
+        help="a layout of the layouts file (neither this nor --gpu: every GPU by the limits file's"
         " enable_mig and mig_profile, as many as fit)",
     )
     wanted.add_argument(
@@ -227,7 +228,8 @@ def _add_wanted_layout(command: Any) -> None:
         type=_gpu_layout,
         action="append",
         metavar="N=PROFILES",
-        help="a GPU and its profiles (1=: MIG without instances, 1=full: MIG off)",
+        help="a GPU and its profiles (1=: MIG without instances, 1=full: MIG off); once for each GPU, the others stay"
+        " as they are",
     )
     command.add_argument(
         "--layouts",
@@ -236,7 +238,11 @@ def _add_wanted_layout(command: Any) -> None:
         help="the file that --layout is in (default: mig-layouts.yaml beside the limits file)",
     )
     command.add_argument(
-        "--force", action="append", default=[], metavar="CONTAINER", help="full name of one whose devices it may break"
+        "--force",
+        action="append",
+        default=[],
+        metavar="CONTAINER",
+        help="full name of one whose devices it may break; may be repeated",
     )
 
 

@@ -171,7 +171,7 @@ def _repairs(ds01: Allocations, ledger: Ledger, planned: Planned) -> tuple[str, 
         found.append("CDI devices of containers are not what the ledger says")
     saved, same = ds01.saved_layout.read(), {plan.gpu for plan in planned.plans if not plan.changes}
     if _noted(saved, (gpu for gpu in planned.host.gpus if gpu.index in same)) != saved:
-        found.append("the layout is not saved for the next boot")
+        found.append("the layout was not saved for the next boot")
     return tuple(found)
 
 
@@ -475,6 +475,14 @@ class Restored:
         parts = [f"GPU {p.gpu}: {', '.join(map(str, p.changes))}" for p in self.plans if p.changes]
         if parts:
             return "; ".join(parts) + "."
+        return self._nothing_cut()
+
+    def done(self) -> str:
+        """What was done, in short, for whoever was told each step."""
+        cut = [str(p.gpu) for p in self.plans if p.changes]
+        return f"Cut again as saved: GPU {', '.join(cut)}." if cut else self._nothing_cut()
+
+    def _nothing_cut(self) -> str:
         return "Nothing was cut again." if self.problems else "Every saved layout is in place."
 
 
