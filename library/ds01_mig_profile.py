@@ -25,13 +25,14 @@ options:
     description:
       - V(present) cuts the GPUs.
       - V(exported) changes nothing and returns how they are cut, as a file of layouts. A GPU that the driver lost is
-        left out, with a warning.
+        left out, with a warning, and so is an instance that is divided into smaller compute instances or has none.
     type: str
     choices: [present, exported]
     default: present
   layout:
     description:
-      - The name of a layout in the layouts file. A GPU that no entry of it is for stays as it is.
+      - The name of a layout in the layouts file. A GPU that no entry of it is for stays as it is. An empty name is
+        refused.
       - When O(state=exported), the name that the exported layout gets, V(current) when left out.
     type: str
   gpus:
@@ -224,13 +225,13 @@ def exported(ds01: Allocations, name: str) -> dict[str, Any]:
     """The module's result with the layout as it is now."""
     host = partitions.look(ds01, strict=False)
     document = layouts.exported(host.gpus, name)
-    lost = [gpu.index for gpu in host.gpus if gpu.health == "lost"]
+    seen = [gpu for gpu in host.gpus if gpu.health != "lost"]
     return {
         "changed": False,
         "reason": "ok",
-        "msg": f"How {len(host.gpus) - len(lost)} GPUs are cut, as the layout {name}.",
+        "msg": f"How {len(seen)} GPUs are cut, as the layout {name}.",
         "warnings": [
-            *(f"GPU {index} is lost: how it is cut cannot be seen, and it is left out." for index in lost),
+            *layouts.left_out(host.gpus),
             *(f"Not everything could be seen: {problem['msg']}" for problem in host.problems),
         ],
         "document": document,

@@ -344,3 +344,13 @@ def typed(parser: argparse.ArgumentParser) -> list[str]:
 def test_whatever_can_be_typed_can_be_carried_out() -> None:
     assert sorted(typed(arguments.parser())) == sorted(cli._VERBS)
     assert overview.QUERIES.keys() == terminal.QUERIES.keys()
+
+
+@pytest.mark.parametrize("action", ["plan", "apply"])
+def test_the_help_says_what_may_be_repeated(action: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["mig", action, "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "once for each GPU, the others stay as they are" in words
+    assert "whose devices it may break; may be repeated" in words
+    assert ("It does not ask: with neither --layout nor --gpu it cuts every GPU" in words) is (action == "apply")

@@ -92,6 +92,18 @@ class TestOnAServer:
         assert server.cuts() == ["3g.40gb@0 3g.40gb@4"] * 2
 
     @pytest.mark.parametrize("check", [True, False], ids=["check", "run"])
+    @pytest.mark.parametrize("file", [None, "/etc/mig.yaml"])
+    def test_an_empty_name_is_no_wish_for_the_limits_file_s_layout(
+        self, file: str | None, check: bool, server: Server
+    ) -> None:
+        server.host.limits("gpu_allocation: {enable_mig: true, mig_profile: 3g.40gb}\n")
+        before = server.cuts()
+        with pytest.raises(Ds01Error, match="The name of the layout is empty") as caught:
+            run(check, layout="", layouts_file=file)
+        assert (caught.value.reason, server.cuts()) == ("invalid_input", before)
+        assert "leave it out altogether" in caught.value.hint
+
+    @pytest.mark.parametrize("check", [True, False], ids=["check", "run"])
     def test_a_file_of_layouts_without_a_name_is_no_wish(self, check: bool, server: Server) -> None:
         """Without it the limits file would count, for all GPUs."""
         server.host.limits("gpu_allocation: {enable_mig: true, mig_profile: 3g.40gb}\n")
@@ -163,6 +175,12 @@ class TestOnAServer:
         server.simulate("found=1")
         run(layout="current", layouts_file=str(file))
         assert server.cuts() == before
+
+    def test_a_leftover_is_left_out_with_a_warning(self, server: Server) -> None:
+        server.somebody_cuts(1, "1g.10gb", 3, compute=False)
+        result = ds01_mig_profile.exported(service(), "current")
+        assert result["warnings"] == ["1g.10gb at 3 of GPU 1 has no compute instance: it is left out."]
+        assert "1g.10gb" not in result["document"]["mig-configs"]["current"][1]["mig-devices"]
 
     def test_where_every_gpu_is_lost_nothing_is_exported(self, server: Server) -> None:
         server.simulate("lost=0", "lost=1")
@@ -282,6 +300,14 @@ class TestThePlaybook:
         assert again.stdout.count("changed=0") == 2
         assert "as wanted, nothing to do" in again.stdout
 
+    def test_an_unanswered_question_leaves_the_gpus_that_are_named(self, fleet: Fleet) -> None:
+        done = fleet.play(
+            "-e", "ds01_mig_layout=", "-e", "ds01_mig_layouts_file=", "-e", '{"ds01_mig_gpus": {"0": []}}'
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("+ enable MIG mode") == 2
+        assert "+ create" not in done.stdout
+
     @pytest.mark.parametrize(
         ("options", "problem"),
         [
@@ -290,10 +316,13 @@ class TestThePlaybook:
             (["-e", "ds01_mig_gpus=1"], "ds01_mig_gpus"),
             (["-e", '{"ds01_mig_gpus": {"0": []}, "ds01_mig_layout": "x"}'], "mutually exclusive"),
             (["-e", "ds01_mig_layouts_file=/nowhere.yaml"], "none of them is named"),
+            (["-e", "ds01_mig_layout="], "The name of the layout is empty"),
         ],
-        ids=["a template", "no such state", "no mapping", "two wishes", "a file and no name"],
+        ids=["a template", "no such state", "no mapping", "two wishes", "a file and no name", "an unanswered question"],
     )
     def test_inputs(self, options: list[str], problem: str, fleet: Fleet) -> None:
+        before = [fleet.state(name) for name in ("gpu1", "gpu2")]
         done = fleet.play(*options)
         assert done.returncode != 0
         assert problem in done.stdout
+        assert [fleet.state(name) for name in ("gpu1", "gpu2")] == before

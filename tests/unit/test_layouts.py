@@ -320,6 +320,20 @@ def test_what_is_there_is_written_and_read_again(file: Path) -> None:
     }
 
 
+def test_what_is_left_out_is_told() -> None:
+    """A leftover, an instance that is divided, and a GPU that tells nothing; a whole instance is in the document."""
+    state = a100(0, "2g.20gb@0 1g.10gb@2? 3g.40gb@4")
+    divided = replace(state.instances[2], devices=("MIG-1", "MIG-2"), whole=False)
+    gpus = (replace(state, instances=(*state.instances[:2], divided)), replace(a100(1, ""), health="lost"), no_mig(2))
+    assert layouts.exported(gpus[:1])["mig-configs"]["current"][0]["mig-devices"] == {"2g.20gb": 1}
+    assert layouts.left_out(gpus) == [
+        "GPU 1 is lost: how it is cut cannot be seen, and it is left out.",
+        "1g.10gb at 2 of GPU 0 has no compute instance: it is left out.",
+        "3g.40gb at 4-7 of GPU 0 is divided into smaller compute instances: it is left out.",
+    ]
+    assert layouts.left_out([a100(0, "2g.20gb@0")]) == []
+
+
 def test_gpus_that_are_all_alike_are_all() -> None:
     document = layouts.exported((a100(0, "2g.20gb@0"), a100(1, "2g.20gb@4 3g.40gb@0?")), "my layout")
     assert document["mig-configs"]["my layout"] == [

@@ -179,7 +179,7 @@ def test_a_leftover_is_shown_and_cleaned_up(server: Server) -> None:
     )
     (row,) = [i for i in server.ds01("mig", "list", "--json").json["instances"] if i["status"] == "leftover"]
     assert (row["id"], row["uuid"], row["profile"], row["placement"]) == (None, None, "1g.10gb", [3, 1])
-    assert "|leftove|" in server.ds01("mig", "list").out
+    assert "|left   |" in server.ds01("mig", "list").out
     kept = ["1 keep 2g.20gb 0", "1 keep 1g.10gb+me 2", "1 keep 3g.40gb 4"]
     assert plan(server, "--gpu", f"1={CUT}") == ["1 destroy 1g.10gb 3", *kept]
 
@@ -195,6 +195,9 @@ def test_an_instance_that_is_divided_has_a_row_for_each_part(start: Callable[...
     assert [(i["id"], i["profile"]) for i in found] == [("0:0", "1c.2g.20gb"), ("0:1", "1c.2g.20gb")]
     (instance,) = {tuple(i["placement"]) for i in found}
     assert plan(server, "--gpu", "0=2g.20gb")[0] == f"0 destroy 2g.20gb {instance[0]}"
+    shown = server.ds01("mig", "plan", "--gpu", "0=2g.20gb").out
+    assert "|divided        |" in shown
+    assert f"- destroy 2g.20gb at {instance[0]}-{instance[0] + 1} (divided)  (MIG-" in shown
 
 
 def test_a_lost_gpu_hides_no_other(server: Server) -> None:
@@ -208,6 +211,10 @@ def test_a_pending_mode_is_told(server: Server) -> None:
     server.simulate("process=0:4711")
     inside(server, "pynvml.nvmlDeviceSetMigMode(pynvml.nvmlDeviceGetHandleByIndex(0), 1)")
     assert "GPU 0  NVIDIA A100-SXM4-80GB, MIG off (on after the next reset)" in server.ds01("mig", "list").out
+    server.simulate("exit=0:4711")
+    for wish in ("0=full", "0=7g.80gb"):
+        out = server.ds01("mig", "plan", "--gpu", wish).out
+        assert out.startswith("GPU 0  NVIDIA A100-SXM4-80GB, MIG on after the next reset\n")
 
 
 def test_a_gpu_with_a_pending_mode_is_offered_to_nobody(server: Server) -> None:
@@ -255,7 +262,7 @@ GPU 1  NVIDIA A100-SXM4-80GB
     )
     assert server.ds01("mig", "plan", "--gpu", f"1={CUT}").out == (
         "GPU 1  NVIDIA A100-SXM4-80GB: as wanted, nothing to do\n\n"
-        "also put right: the layout is not saved for the next boot\n"
+        "also put right: the layout was not saved for the next boot\n"
     )
 
 

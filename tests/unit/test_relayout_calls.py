@@ -217,3 +217,28 @@ def test_the_command_s_dry_run_shows_what_it_does_then(
     assert (done["changed"], done["msg"]) == (foreseen["changed"], foreseen["msg"])
     again = run("--dry-run")
     assert (again["changed"], {step["action"] for step in again["plan"]} <= {"keep"}) == (False, True)
+
+
+def test_the_commands_tell_each_step_once(
+    start: Start,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """While it goes on, and not again in the answer."""
+    server, said = start("2xA100-SXM4-80GB", g0="1g.10gb"), []
+    monkeypatch.setattr(cli, "_say", said.append)  # the standard error, as it was when this process began
+    assert cli.main(["mig", "apply", "--gpu", "0=2g.20gb", "--gpu", "1=7g.80gb"]) == 0
+    assert capsys.readouterr().out == "Cut as wanted: GPU 0, 1.\n"
+    assert said == [
+        "GPU 0: destroy 1g.10gb at 0",
+        "GPU 1: enable MIG mode",
+        "GPU 0: create 2g.20gb at 0-1",
+        "GPU 1: create 7g.80gb at 0-7",
+    ]
+    server.boot()
+    said.clear()
+    assert cli.main(["restore", "--dry-run"]) == 0
+    assert capsys.readouterr().out == "GPU 0: create 2g.20gb at 0-1; GPU 1: create 7g.80gb at 0-7.\n"
+    assert cli.main(["restore"]) == 0
+    assert capsys.readouterr().out == "Cut again as saved: GPU 0, 1.\n"
+    assert said == ["GPU 0: create 2g.20gb at 0-1", "GPU 1: create 7g.80gb at 0-7"]

@@ -255,7 +255,7 @@ def test_a_mode_that_cannot_be_switched_back_is_told(server: Server) -> None:
     server.calls.before("nvmlDeviceCreateGpuInstanceWithPlacement", meanwhile)
     refusal = server.refused(g0=ANEW, g1="3g.40gb")
     assert refusal.details["undone"] is False
-    for part in ("Not undone: MIG mode of GPU 1 was switched (", "did not switch MIG off on GPU 1: another client"):
+    for part in ("Not undone: MIG mode of GPU 1 was switched (", "did not disable MIG on GPU 1: another client"):
         assert part in str(refusal)
     server.calls.clear()
     server.simulate("idle=1", "found=0")

@@ -156,7 +156,13 @@ CASES: dict[str, Case] = {
         ("GPU 0", "3g.40gb at 4-7"),
     ),
     "the GPU is used when its mode is to change (Ampere)": Case(
-        FULL, {"g1": "2g.20gb"}, MODE, sim("busy=1"), "layout_in_use", ("GPU 1", "MIG on"), reverts=free_all
+        FULL,
+        {"g1": "2g.20gb"},
+        MODE,
+        sim("busy=1"),
+        "layout_in_use",
+        ("did not enable MIG on GPU 1: another client",),
+        reverts=free_all,
     ),
     "the GPU is used when its mode is to change (Hopper)": Case(
         {"g0": "2g.20gb,1g.10gb,1g.10gb"},
@@ -164,7 +170,7 @@ CASES: dict[str, Case] = {
         MODE,
         sim("busy=1"),
         "layout_in_use",
-        ("GPU 1", "MIG on"),
+        ("did not enable MIG on GPU 1: another client",),
         gpus="2xH100-SXM5-80GB",
         reverts=free_all,
     ),
@@ -183,7 +189,7 @@ CASES: dict[str, Case] = {
         MODE,
         sim("busy=1"),
         "layout_in_use",
-        ("GPU 1", "MIG off"),
+        ("did not disable MIG on GPU 1: another client",),
         reverts=free_all,
     ),
     "the second GPU refuses: the first is as before": Case(
@@ -339,7 +345,7 @@ def last_minute(happens: Happens) -> Callable[[Server, pytest.MonkeyPatch], None
 READ_BACK: dict[str, tuple[Callable[[Server, pytest.MonkeyPatch], None], str, str]] = {
     "the driver makes no compute instance": (
         says_yes(CI_CREATE),
-        "GPU 0 would still have to destroy 2g.20gb at 4-5",
+        "GPU 0 would still have to destroy 2g.20gb at 4-5 (leftover)",
         "2g.20gb@0 1g.10gb@2 1g.10gb@3",
     ),
     "somebody makes another one": (

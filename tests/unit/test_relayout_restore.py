@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
 
 import pytest
 from ds01 import cli, interruption, overview, partitions, publishing, reconcile, relayout
+from ds01.errors import Ds01Error
 from sim_server import Server, Start, needs_sim, start  # noqa: F401 - start is a fixture
 from state import edit
 from support import come
@@ -282,3 +284,78 @@ def test_without_a_ledger_nothing_is_destroyed(without_ledger: Server, capsys: p
     assert said.out == "Nothing was cut again.\n"
     assert (without_ledger.cuts(), without_ledger.calls.writes) == (["7g.80gb@0", "off"], [])
     assert (without_ledger.host.ledger.read_bytes(), without_ledger.projected()) == (DAMAGE, {})
+
+
+def taken_out(server: Server, index: int) -> str:
+    """The machine starts without this GPU; its UUID."""
+    server.boot()
+    with edit(server.state) as machine:
+        [gone] = machine.records["gpu"][index : index + 1]
+        machine.records["gpu"].remove(gone)
+    server.nvidia_spec.unlink()  # on the other GPU nothing is cut yet, and without a device there is no spec
+    server.calls.clear()
+    return gone["uuid"]
+
+
+def saved_gpus(server: Server) -> set[str]:
+    return set(json.loads(server.saved.read_bytes())["gpus"])
+
+
+def test_a_gpu_that_was_taken_out_is_forgotten_on_request(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """Until then every boot tells it, since a GPU that is only lost comes back."""
+    cuts, before = server.cuts(), saved_gpus(server)
+    gone = taken_out(server, 1)
+    assert cli.main(["restore"]) == 1
+    assert f"If it is gone for good: ds01 restore --forget {gone}" in capsys.readouterr().err
+    assert cli.main(["restore", "--forget", gone]) == 0
+    assert capsys.readouterr().out == "Every saved layout is in place.\n"
+    assert (saved_gpus(server), server.cuts()) == (before - {gone}, cuts[:1])
+    assert server.ledger().keys() == {"p._.alice", "q._.bob"}, "bob's hold ends as ever"
+    server.check_nothing_false()
+    logged = [json.loads(line) for line in server.host.events.read_text(encoding="utf-8").splitlines()]
+    assert [(event["uuid"], event["message"]) for event in logged if event["event"] == "mig.forgotten"] == [
+        (gone, f"{gone} was taken out for good: it is not cut again.")
+    ]
+    written = server.written()
+    assert cli.main(["restore"]) == 0
+    assert server.written() == written
+    assert server.report("released", "q._.bob").ok
+
+
+def there(server: Server) -> str:
+    return json.loads(server.host.ledger.read_bytes())["allocations"]["p._.alice"]["devices"][0]["gpu_uuid"]
+
+
+def lost(server: Server) -> str:
+    uuid = taken_out(server, 1)
+    server.simulate("lost=0")
+    return uuid
+
+
+NOT_FORGOTTEN: dict[str, tuple[Callable[[Server], str], str, str]] = {
+    "it is there": (there, "invalid_input", "is there: its layout is kept. To cut it otherwise: ds01 mig apply"),
+    "a GPU is lost, which may be it": (lost, "gpu_unhealthy", "GPU 0 is lost, and may be one that is to be forgotten"),
+    "it was never cut": (lambda _: "GPU-nobody", "invalid_input", "No layout of GPU-nobody is saved. Saved are those"),
+}
+
+
+@pytest.mark.parametrize(("name", "reason", "says"), NOT_FORGOTTEN.values(), ids=NOT_FORGOTTEN)
+def test_what_is_not_forgotten(
+    name: Callable[[Server], str], reason: str, says: str, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uuid = name(server)
+    written, cuts = server.written(), server.cuts()
+    server.calls.clear()
+    assert cli.main(["restore", "--forget", uuid]) in (1, 2)
+    said = capsys.readouterr().err
+    assert said.startswith(f"ds01: {reason}: ")
+    assert says in said
+    assert (server.written(), server.cuts(), server.calls.writes) == (written, cuts, [])
+
+
+def test_one_of_several_that_is_there_keeps_all(server: Server) -> None:
+    kept, gone = there(server), taken_out(server, 1)
+    saved = saved_gpus(server)
+    with pytest.raises(Ds01Error, match=f"{kept} is there"):
+        relayout.forget(server.ds01(), [gone, kept])
+    assert saved_gpus(server) == saved

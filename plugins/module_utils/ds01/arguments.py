@@ -132,17 +132,25 @@ def _add_upkeep(commands: Any) -> None:
             "Bring this server back to its own rules: what is over is taken back, what was tampered with is put right.",
             "only say what would be done: a report of drift",
         ),
-        (
-            "restore",
-            (
-                "After a reboot: cut the GPUs again as they were, and give containers their devices again"
-                " (a unit does this)."
-            ),
-            "only say what would be done",
-        ),
     ):
         verb = _add(commands, name, summary, f"ds01 {name} --dry-run")
         verb.add_argument("--dry-run", action="store_true", help=foreseen)
+
+    restore = _add(
+        commands,
+        "restore",
+        "After a reboot: cut the GPUs again as they were, and give containers their devices again (a unit does this).",
+        "ds01 restore --dry-run",
+    )
+    how = restore.add_mutually_exclusive_group()
+    how.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    how.add_argument(
+        "--forget",
+        action="append",
+        default=[],
+        metavar="UUID",
+        help="first leave out a GPU that was taken out of this machine for good; may be repeated",
+    )
 
     shown = _add(
         commands,
@@ -199,7 +207,8 @@ def _add_mig(commands: Any) -> None:
     cut = _add(
         mig,
         "apply",
-        "Cut the GPUs as wanted: just what ds01 mig plan shows, all of it or nothing.",
+        "Cut the GPUs as wanted: just what ds01 mig plan shows, all of it or nothing. It does not ask: with neither"
+        " --layout nor --gpu it cuts every GPU that has MIG as the limits file says.",
         "ds01 mig apply --layout all-balanced",
     )
     _add_wanted_layout(cut)
@@ -211,7 +220,7 @@ def _add_wanted_layout(command: Any) -> None:
     wanted.add_argument(
         "--layout",
         metavar="NAME",
-        help="a layout of the layouts file (neither this nor --gpu: the limits file's"
+        help="a layout of the layouts file (neither this nor --gpu: every GPU by the limits file's"
         " enable_mig and mig_profile, as many as fit)",
     )
     wanted.add_argument(
@@ -219,7 +228,8 @@ def _add_wanted_layout(command: Any) -> None:
         type=_gpu_layout,
         action="append",
         metavar="N=PROFILES",
-        help="a GPU and its profiles (1=: MIG without instances, 1=full: MIG off)",
+        help="a GPU and its profiles (1=: MIG without instances, 1=full: MIG off); once for each GPU, the others stay"
+        " as they are",
     )
     command.add_argument(
         "--layouts",
@@ -228,7 +238,11 @@ def _add_wanted_layout(command: Any) -> None:
         help="the file that --layout is in (default: mig-layouts.yaml beside the limits file)",
     )
     command.add_argument(
-        "--force", action="append", default=[], metavar="CONTAINER", help="full name of one whose devices it may break"
+        "--force",
+        action="append",
+        default=[],
+        metavar="CONTAINER",
+        help="full name of one whose devices it may break; may be repeated",
     )
 
 

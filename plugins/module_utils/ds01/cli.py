@@ -215,7 +215,7 @@ def _cmd_mig_apply(args: argparse.Namespace, ds01: Allocations) -> int:
     if args.json:
         _print_json(planned.result())
     else:
-        print(planned.summary())
+        print(planned.done())
     return EXIT_OK
 
 
@@ -240,11 +240,13 @@ def _cmd_restore(args: argparse.Namespace, ds01: Allocations) -> int:
     from . import relayout
 
     with interruption.as_exception():
+        if args.forget:
+            relayout.forget(ds01, args.forget)
         restored = relayout.foresee_restore(ds01) if args.dry_run else relayout.restore(ds01, _say)
     if args.json:
         _print_json(restored.result())
     else:
-        print(restored.summary())
+        print(restored.summary() if args.dry_run else restored.done())
     _warn(restored)
     for problem in restored.problems:
         _complain("not restored", problem)

@@ -246,7 +246,7 @@ class Cutter:
 
 
 def _switch(on: bool) -> str:
-    return f"switch MIG {'on' if on else 'off'} on"
+    return f"{'enable' if on else 'disable'} MIG on"
 
 
 _LOST = ("gpu_unhealthy", "it lost this GPU", "Reset it or reboot this host; nvidia-smi shows more.")

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import Ds01Error, invalid_input
-from .mig import Cut, GpuState
+from .mig import DIVIDED, LEFTOVER, Cut, GpuState, span
 from .model import FULL
 
 _PROFILE = re.compile(r"(\d+c\.)?\d+g\.\d+gb([+-][a-z.]+(,[a-z.]+)*)?")
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _ID_FORM = "0x20B210DE"
 _DIVIDED = "DS01 makes one compute instance over the whole GPU instance; write it without the 'c' part"
+_FLAWS = {DIVIDED: "is divided into smaller compute instances", LEFTOVER: "has no compute instance"}
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,16 @@ def exported(gpus: Sequence[GpuState], name: str = "current") -> dict[str, Any]:
         for (mig, counts), indices in alike.items()
     ]
     return {"version": "v1", "mig-configs": {name: entries}}
+
+
+def left_out(gpus: Sequence[GpuState]) -> list[str]:
+    """What `exported` leaves out, a sentence each."""
+    lost = [gpu.index for gpu in gpus if gpu.health == "lost"]
+    odd = [(gpu.index, i) for gpu in gpus for i in gpu.instances if i.flaw]
+    return [
+        *(f"GPU {index} is lost: how it is cut cannot be seen, and it is left out." for index in lost),
+        *(f"{i.profile} at {span(*i.placement)} of GPU {n} {_FLAWS[i.flaw]}: it is left out." for n, i in odd),
+    ]
 
 
 def text(document: Mapping[str, Any]) -> str:

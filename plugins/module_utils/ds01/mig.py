@@ -20,6 +20,9 @@ from .model import FULL, Refusal
 
 KEEP, CREATE, DESTROY, ENABLE, DISABLE = "keep", "create", "destroy", "enable", "disable"
 
+DIVIDED, LEFTOVER = "divided", "leftover"
+"""Why an instance that is there has to be made anew to be one of a layout."""
+
 Placement = tuple[int, int]
 """The memory slices of an instance as NVML counts them: (start, size)."""
 
@@ -141,6 +144,13 @@ class Instance:
     def key(self) -> tuple[str, int]:
         return self.profile, self.start
 
+    @property
+    def flaw(self) -> str:
+        """DIVIDED where its compute instances are smaller than it, LEFTOVER where it has none, else nothing."""
+        if self.whole:
+            return ""
+        return DIVIDED if self.devices else LEFTOVER
+
 
 @dataclass(frozen=True)
 class GpuState:
@@ -209,18 +219,20 @@ class Placed:
 
 @dataclass(frozen=True)
 class Step:
-    """One operation on a GPU, or an instance that stays."""
+    """One operation on a GPU, or an instance that stays. `flaw` is that of an instance which goes."""
 
     gpu: int
     action: str
     profile: str = ""
     placement: Placement | None = None
     uuid: str = ""
+    flaw: str = ""
 
     def __str__(self) -> str:
-        return (
-            f"{self.action} {self.profile} at {span(*self.placement)}" if self.placement else f"{self.action} MIG mode"
-        )
+        if self.placement is None:
+            return f"{self.action} MIG mode"
+        flaw = f" ({self.flaw})" if self.flaw else ""
+        return f"{self.action} {self.profile} at {span(*self.placement)}{flaw}"
 
 
 @dataclass(frozen=True)
@@ -435,7 +447,7 @@ def _steps(gpu: GpuState, cut: Cut, layout: _Layout) -> Plan:
     goes = [i for i in gpu.instances if stays.get(i.key) is not i]
     new = [key for key in layout if key not in stays]
     size = {name: p.size for name, p in gpu.table.by_name.items()}
-    steps = [Step(gpu.index, DESTROY, i.profile, i.placement, i.uuid) for i in sorted(goes, key=_place_of)]
+    steps = [Step(gpu.index, DESTROY, i.profile, i.placement, i.uuid, i.flaw) for i in sorted(goes, key=_place_of)]
     if cut.enabled != gpu.mig or gpu.mode_pending:
         steps.append(Step(gpu.index, ENABLE if cut.enabled else DISABLE))
     steps += [Step(gpu.index, KEEP, i.profile, i.placement, i.uuid) for i in sorted(stays.values(), key=_place_of)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import mig, slotmap, terminal
@@ -104,9 +104,9 @@ def _also_lost(planned: Planned) -> Iterator[str]:
 
 def _plan_lines(gpu: GpuState, plan: Plan) -> Iterator[str]:
     if not plan.changes:
-        yield f"GPU {gpu.index}  {gpu.name}: as wanted, nothing to do"
+        yield f"{_title(gpu)}: as wanted, nothing to do"
         return
-    yield f"GPU {gpu.index}  {gpu.name}"
+    yield _title(gpu)
     yield from _titled("now", _map(gpu, _now(gpu)))
     yield from _titled("then", _map(gpu, _then(gpu, plan)))
     for step in plan.changes:
@@ -120,17 +120,38 @@ def _plan_lines(gpu: GpuState, plan: Plan) -> Iterator[str]:
 
 def difference(planned: Planned) -> list[dict[str, str]]:
     """Of every GPU that changes its slices before and after with who has them, as Ansible shows differences;
-    last what else is put right."""
+    then who loses devices, what stops meanwhile, and what else is put right."""
     by_index = {gpu.index: gpu for gpu in planned.host.gpus}
     found = [_difference(by_index[plan.gpu], plan) for plan in planned.plans if plan.changes]
-    if planned.repairs:
-        found.append(_as_difference("put right", "".join(f"{repair}\n" for repair in planned.repairs), ""))
+    gone = [*_forced(planned), *(f"{container}: {why}" for container, why in planned.given_back.items())]
+    meanwhile = [f"{unit} stops, and starts again" for unit in planned.services]
+    for title, before, after in (
+        ("given back", gone, ()),
+        ("meanwhile", (), meanwhile),
+        ("put right", planned.repairs, ()),
+    ):
+        if before or after:
+            found.append(_as_difference(title, _lines(before), _lines(after)))
     return found
+
+
+def _forced(planned: Planned) -> Iterator[str]:
+    for container in planned.released:
+        yield f"{container} has {planned.host.ledger.allocations[container].gpu_id} (force)"
+
+
+def _lines(sentences: Iterable[str]) -> str:
+    return "".join(f"{sentence}\n" for sentence in sentences)
 
 
 def _difference(gpu: GpuState, plan: Plan) -> dict[str, str]:
     before, after = ("\n".join(_map(gpu, blocks)) + "\n" for blocks in (_now(gpu), _then(gpu, plan)))
-    return _as_difference(f"GPU {gpu.index}  {gpu.name}", before, after)
+    return _as_difference(_title(gpu), before, after)
+
+
+def _title(gpu: GpuState) -> str:
+    waits = f", MIG {'on' if gpu.pending else 'off'} after the next reset" if gpu.mode_pending else ""
+    return f"GPU {gpu.index}  {gpu.name}{waits}"
 
 
 def _as_difference(title: str, before: str, after: str) -> dict[str, str]:
@@ -165,7 +186,7 @@ def _owner(instance: Instance) -> str:
     if instance.holders:
         first = instance.holders[0]
         return first.user if first.container else "in use"
-    return "free" if instance.devices else "leftover"
+    return instance.flaw or "free"
 
 
 def _after(gpu: GpuState, plan: Plan) -> Iterator[Block]:

@@ -80,6 +80,11 @@ def wanted(
 ) -> Wanted:
     """A layout by its name, or profiles by GPU index (`[]`: MIG without instances, `["full"]`: MIG off);
     with neither the limits file's short form. Raises Ds01Error for what makes no sense on any host."""
+    if layout == "":  # an unanswered question is no wish
+        raise invalid_input(
+            "The name of the layout is empty.",
+            "Name one, or leave it out altogether: then the limits file says how every GPU is cut.",
+        )
     if layouts_file is not None and layout is None:
         raise _nameless(layouts_file)
     if layout is not None:
@@ -265,7 +270,7 @@ def _status(instance: Instance, allocation: Allocation | None, outside: str | No
 class Planned:
     """What a change does to this host, so that its GPUs are as `cuts` says.
 
-    `services` are stopped meanwhile; `repairs` say what else is not as it should be and will be put right;
+    `services` are stopped meanwhile; `repairs` say what else is not as it should be and is put right;
     `warnings` what was asked for and means nothing, `problems` what went wrong beside the layout.
     `over` are allocations that are over anyway, and that `host` is without.
     """
@@ -321,7 +326,19 @@ class Planned:
     def summary(self) -> str:
         """The change in a sentence."""
         parts = [f"GPU {p.gpu}: {', '.join(map(str, p.changes))}" for p in self.plans if p.changes]
-        return "; ".join([*parts, *self.repairs]) + "." if parts or self.repairs else "Every GPU is cut as wanted."
+        return self._with_repairs(parts) or "Every GPU is cut as wanted."
+
+    def done(self) -> str:
+        """What was done, in short, for whoever was told each step."""
+        cut = [str(p.gpu) for p in self.plans if p.changes]
+        parts = [f"Cut as wanted: GPU {', '.join(cut)}"] if cut else []
+        return self._with_repairs(parts) or "Every GPU is cut as wanted."
+
+    def _with_repairs(self, parts: Sequence[str]) -> str:
+        """The sentence with what is put right beside it; nothing where there is neither."""
+        right = f"{'put' if parts else 'Put'} right: {'; '.join(self.repairs)}"
+        said = [*parts, right] if self.repairs else parts
+        return "; ".join(said) + "." if said else ""
 
 
 def planned(host: Host, cuts: Cuts, force: Collection[str] = ()) -> Planned:
@@ -355,8 +372,12 @@ def _remedy(refusals: Iterable[mig.LayoutRefusal], running: Collection[str], for
     run = [name for name in names if name in running]
     if not all(names) or any(not found.blocked_by for found in refusals):
         return ""
-    first = f"{', '.join(run)} runs, and force takes no running container's device. {STOP_HINT} " if run else ""
+    first = f"{_they_run(run)}, and force takes no running container's device. {STOP_HINT} " if run else ""
     return f"{first}To break it all the same, force: {', '.join(dict.fromkeys([*forced, *names]))}."
+
+
+def _they_run(names: Sequence[str]) -> str:
+    return f"{', '.join(names)} {'runs' if len(names) == 1 else 'run'}"
 
 
 def refusal(refusals: Sequence[mig.LayoutRefusal], host: Host, force: Collection[str] = ()) -> Ds01Error:

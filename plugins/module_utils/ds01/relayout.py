@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import engine, geometry, interruption, mig, nvml, partitions, pausing, processes, records, services, toolkit
 from .cutter import Cutter, cutting
-from .errors import Ds01Error
+from .errors import Ds01Error, invalid_input
 from .ledger import Transaction
 from .mig import GpuState, Holder
 from .model import Device, Inventory, Ledger
@@ -172,7 +172,7 @@ def _repairs(ds01: Allocations, ledger: Ledger, planned: Planned) -> tuple[str, 
         found.append("CDI devices of containers are not what the ledger says")
     saved, same = ds01.saved_layout.read(), {plan.gpu for plan in planned.plans if not plan.changes}
     if _noted(saved, (gpu for gpu in planned.host.gpus if gpu.index in same)) != saved:
-        found.append("the layout is not saved for the next boot")
+        found.append("the layout was not saved for the next boot")
     return tuple(found)
 
 
@@ -496,7 +496,41 @@ class Restored:
         parts = [f"GPU {p.gpu}: {', '.join(map(str, p.changes))}" for p in self.plans if p.changes]
         if parts:
             return "; ".join(parts) + "."
+        return self._nothing_cut()
+
+    def done(self) -> str:
+        """What was done, in short, for whoever was told each step."""
+        cut = [str(p.gpu) for p in self.plans if p.changes]
+        return f"Cut again as saved: GPU {', '.join(cut)}." if cut else self._nothing_cut()
+
+    def _nothing_cut(self) -> str:
         return "Nothing was cut again." if self.problems else "Every saved layout is in place."
+
+
+def forget(ds01: Allocations, uuids: Collection[str]) -> None:
+    """Leave GPUs that were taken out of this machine out of what is restored. Raises Ds01Error, with nothing
+    forgotten, for one that is there or may be, and for one that is not saved."""
+    with nvml.session() as driver, ds01.store.locked():
+        saved = ds01.saved_layout.read()
+        gpus = driver.inventory().gpus
+        for uuid in uuids:
+            if uuid not in saved.gpus:
+                raise invalid_input(
+                    f"No layout of {uuid} is saved.", f"Saved are those of: {', '.join(saved.gpus) or 'none'}."
+                )
+            if any(gpu.uuid == uuid for gpu in gpus):
+                raise invalid_input(f"{uuid} is there: its layout is kept.", "To cut it otherwise: ds01 mig apply")
+        lost = [str(gpu.index) for gpu in gpus if gpu.health == "lost"]
+        if lost:  # it tells no UUID
+            raise Ds01Error(
+                "gpu_unhealthy",
+                f"GPU {', '.join(lost)} is lost, and may be one that is to be forgotten: every layout is kept.",
+                "Reset it, reboot this host, or take it out; then run this again.",
+            )
+        ds01.saved_layout.write(saved.without(uuids))
+    for uuid in uuids:
+        message = f"{uuid} was taken out for good: it is not cut again."
+        ds01.events.write("mig.forgotten", ds01.clock(), uuid=uuid, message=message)
 
 
 def foresee_restore(ds01: Allocations) -> Restored:
@@ -574,7 +608,10 @@ def _foresee_restore(
     problems = [*unreadable]
     for uuid, saved in _saved(ds01, problems).gpus.items():
         if uuid not in there:
-            problems.append(f"{uuid} is not there: it was removed, or the driver lost it.")
+            problems.append(
+                f"{uuid} is not there: the driver lost it, or it was taken out. If it is gone for good:"
+                f" ds01 restore --forget {uuid}"
+            )
             continue
         gpu = there[uuid]
         answer = mig.plan_placed(replace(gpu, missing=()), saved.layout)  # what is missing comes back by it

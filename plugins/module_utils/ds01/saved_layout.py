@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -43,6 +43,9 @@ class SavedLayout:
 
     def noted(self, uuid: str, layout: Placed, boot_id: str) -> SavedLayout:
         return replace(self, gpus={**self.gpus, uuid: SavedGpu(layout, boot_id)})
+
+    def without(self, uuids: Collection[str]) -> SavedLayout:
+        return replace(self, gpus={uuid: gpu for uuid, gpu in self.gpus.items() if uuid not in uuids})
 
 
 def layout_of(gpu: GpuState) -> Placed:

@@ -52,9 +52,10 @@ def _row(cell: int, spans: Sequence[tuple[int, str | None]]) -> str:
 
 
 def _fit(text: str | None, width: int) -> str:
-    """The text in exactly this width; a profile that is too long loses its memory, then whatever is over."""
+    """The text in exactly this width. What is too long becomes shorter: a profile loses its memory, a leftover is what
+    is left; then whatever is over goes."""
     if text is None:
         return "." * width
     if len(text) > width:
-        text = re.sub(r"\.\d+gb", "", text)
+        text = re.sub(r"\.\d+gb|(?<=^left)over$", "", text)
     return f"{text[:width]:<{width}}"
