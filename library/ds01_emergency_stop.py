@@ -13,6 +13,8 @@ description:
     stay, with their files; their next start through DS01 gives them other devices.
   - Ends nothing that DS01 did not make. Needs the Docker engine; the driver need not answer.
   - Whoever waits for a device may get what is free now; RV(waiting) names them.
+  - A user or a GPU of whom nothing on the server knows is a warning and no failure, for of many servers not every one
+    knows everybody.
   - Runs on the GPU server, as root.
 author:
   - The DS01 authors (@ds01)
@@ -132,6 +134,8 @@ def main() -> None:
     except Ds01Error as exc:
         fail(module, exc, problems=[])
     result = report.result()
+    for warning in result.pop("warnings"):
+        module.warn(warning)
     if module._diff and report.changed:
         result["diff"] = diff(report)
     if report.problems:

@@ -15,7 +15,8 @@ description:
   - Looks at how things are, never at what happened before, so it may run at any time, after any accident. A second run
     right after the first changes nothing. A timer on the server does the same each minute;
     where one is at work already, the next waits for it, and fails with V(lock_timeout) if it does not end.
-  - In check mode it is a report of drift.
+  - In check mode it is a report of drift. A diff has a line for each thing that is done, or would be, and none for what
+    is only told.
   - Runs on the GPU server, as root.
 author:
   - The DS01 authors (@ds01)
@@ -65,9 +66,17 @@ reason:
 """
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.ds01 import reconcile
+from ansible.module_utils.ds01 import drift, reconcile
 from ansible.module_utils.ds01.errors import Ds01Error
+from ansible.module_utils.ds01.reconcile import Reconciled
 from ansible.module_utils.ds01_module import fail, this_server
+
+
+def diff(found: Reconciled) -> dict[str, str]:
+    """What is done, a line each; a second run has none."""
+    done = [action for action in found.actions if action.kind not in drift.REPORTS]
+    lines = [f"{action.kind} {action.subject}: {action.message}\n" for action in done]
+    return {"before_header": "nothing to do", "after_header": "reconcile", "before": "", "after": "".join(lines)}
 
 
 def main() -> None:
@@ -78,6 +87,8 @@ def main() -> None:
     except Ds01Error as exc:
         fail(module, exc)
     result = found.result()
+    if module._diff and found.changed:
+        result["diff"] = diff(found)
     if found.problems:
         sentences = " ".join(problem["msg"] for problem in found.problems)
         module.fail_json(**{**result, "msg": sentences, "reason": found.problems[0]["reason"]})

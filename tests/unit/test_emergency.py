@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import docker.errors
@@ -247,6 +248,44 @@ def test_they_end_side_by_side(stage: Stage, monkeypatch: pytest.MonkeyPatch) ->
     assert len(emergency.stop(stage.ds01, emergency.target()).stopped) == 4
 
 
+# name: target, the warning
+DOUBTS = {
+    "a typo": (
+        {"user": "alcie"},
+        "Nobody is called alcie here: neither host, ledger nor engine know that name. Did you mean alice?",
+    ),
+    "somebody else": ({"user": "zora"}, "Nobody is called zora here: neither host, ledger nor engine know that name."),
+    "of the host": ({"user": "root"}, None),
+    "of the engine": ({"user": "dave"}, None),
+    "a GPU that is not there": (
+        {"gpu": "9"},
+        "GPU 9 is in neither the ledger, NVIDIA's CDI spec nor /dev. There is {all}.",
+    ),
+    "a MIG device": ({"gpu": "0:1"}, "GPU 0:1 is in neither the ledger, NVIDIA's CDI spec nor /dev. There is {all}."),
+    "a UUID": ({"gpu": "GPU-00"}, "GPU GPU-00 is in neither the ledger, NVIDIA's CDI spec nor /dev. There is GPU-0."),
+    "of the spec": ({"gpu": "GPU-2"}, None),
+    "of /dev": ({"gpu": "3"}, None),
+    "of the ledger": ({"gpu": "1"}, None),
+    "everything": ({}, None),
+}
+
+
+@pytest.mark.parametrize(("named", "doubt"), DOUBTS.values(), ids=DOUBTS)
+def test_what_may_be_a_slip_of_the_pen_is_a_warning(
+    named: dict[str, str], doubt: str | None, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for node in ("nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl"):
+        (tmp_path / node).touch()
+    monkeypatch.setattr(emergency, "_DEV", tmp_path)
+    stage.world.driver_answers = False
+    what = emergency.target(**named)
+    known = "0, 1, 1:0, 1:1, 1:2, 2, 3"
+    expected = [doubt.format(all=known)] if doubt else []
+    assert emergency.foresee(stage.ds01, what).warnings == expected
+    report = emergency.stop(stage.ds01, what)
+    assert (report.result()["warnings"], report.problems) == (expected, [])
+
+
 @pytest.mark.parametrize("gpu", ["", "GPU", "one", "-1", "0:", "0;1", "GPU-../x", "1\n"])
 def test_what_names_no_gpu(gpu: str) -> None:
     with pytest.raises(Ds01Error) as caught:
@@ -267,7 +306,9 @@ def test_the_command(stage: Stage, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert cli.main(["emergency-stop", "--all", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["changed"], len(result["stopped"]), len(result["released"])) == (True, 4, 4)
-    assert set(result) == {"changed", "stopped", "released", "waiting", "left", "problems", "msg"}
+    assert set(result) == {"changed", "stopped", "released", "waiting", "left", "problems", "warnings", "msg"}
+    assert cli.main(["emergency-stop", "--user", "alcie", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["warnings"][0].endswith("Did you mean alice?")
     stage.world.refuses_to["e._.dave"] = ("stop", "kill")
     stage.world.start(stage.world.boxes["e._.dave"])
     assert cli.main(["emergency-stop", "--all"]) == 1

@@ -275,13 +275,13 @@ SPENT: dict[str, tuple[timedelta, timedelta | None, int]] = {
 @pytest.mark.parametrize(("begun", "last", "spent"), SPENT.values(), ids=list(SPENT))
 def test_the_time_of_devices(begun: timedelta, last: timedelta | None, spent: int, status: str) -> None:
     before = Totals(seconds={("bob", "held"): 7.0}, counted_until=None if last is None else NOW - last)
-    totals = with_time(before, allocation(begun, status), NOW)
+    totals = with_time(before, allocation(begun, status), {}, NOW)
     assert totals.seconds == {("bob", "held"): 7.0, ("alice", status): spent}
     assert totals.counted_until == NOW
 
 
 def test_every_device_counts() -> None:
-    totals = with_time(Totals(counted_until=NOW - MINUTE), allocation(timedelta(hours=1), "held", 3), NOW)
+    totals = with_time(Totals(counted_until=NOW - MINUTE), allocation(timedelta(hours=1), "held", 3), {}, NOW)
     assert told("allocated_device_seconds_total", totals=totals) == {"user=alice status=held": 180}
 
 
@@ -291,8 +291,29 @@ def test_however_often_it_is_counted_the_sum_is_the_same(pauses: list[int]) -> N
     totals, now = Totals(counted_until=NOW), NOW
     for pause in pauses:
         now += timedelta(seconds=pause)
-        totals = with_time(totals, ledger, now)
+        totals = with_time(totals, ledger, {}, now)
     assert totals.seconds.get(("alice", "active"), 0.0) == pytest.approx(2 * sum(pauses))
+
+
+# Status of alice's two devices, how long her container is idle (None: in use, or not known), and the idle time of a
+# minute.
+IDLE: dict[str, tuple[str, timedelta | None, float | None]] = {
+    "for long": ("active", timedelta(hours=5), 120),
+    "just now": ("active", timedelta(seconds=20), 40),
+    "in use": ("active", None, None),
+    "stopped": ("held", timedelta(hours=5), None),
+    "about to start": ("pending", timedelta(hours=5), None),
+}
+
+
+@pytest.mark.parametrize(("status", "idle", "spent"), IDLE.values(), ids=IDLE)
+def test_a_running_container_that_uses_nothing_counts(status: str, idle: timedelta | None, spent: float | None) -> None:
+    ledger, known = allocation(timedelta(hours=1), status, 2), {} if idle is None else {"p._.alice": idle}
+    totals = with_time(Totals(idle={"bob": 7.0}, counted_until=NOW - MINUTE), ledger, known, NOW)
+    mine = {} if spent is None else {"user=alice": spent}
+    assert told("idle_device_seconds_total", totals=totals) == {"user=bob": 7.0, **mine}
+    gauge = told("container_idle_seconds", picture(ledger, idle=known))
+    assert gauge == ({"container=p._.alice user=alice": idle.total_seconds()} if spent and idle else {})
 
 
 def test_a_run_that_failed_leaves_when_one_was_last_all_right() -> None:

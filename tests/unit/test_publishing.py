@@ -78,6 +78,7 @@ def everything() -> tuple[Picture, metrics.Totals]:
         occupied={"MIG-1-1": "process 7", "MIG-1-2": "process 8"},
         queue=[waiter("carol", NOW)],
         hold_ends={"p._.bob": NOW + MINUTE},
+        idle={"p._.alice": MINUTE},
         containers={"alice": 1},
         limits={
             user: limits_of(user, max_gpus=2, max_gpu_equivalents=1, max_containers_per_user=3)
@@ -85,7 +86,7 @@ def everything() -> tuple[Picture, metrics.Totals]:
         },
         available={"ledger": True, "driver": True, "engine": False, "events": True},
     )
-    totals = metrics.with_time(metrics.Totals(counted_until=NOW - MINUTE), ledger, NOW)
+    totals = metrics.with_time(metrics.Totals(counted_until=NOW - MINUTE), ledger, whole.idle, NOW)
     return whole, metrics.with_run(totals, run())
 
 
@@ -128,6 +129,26 @@ def test_others_may_read_it(
     assert [p.name for p in mapping.iterdir()] == ["0"]
     assert {oct(stat.S_IMODE(p.stat().st_mode)) for p in (textfiles / "ds01.prom", mapping / "0")} == {"0o644"}
     assert oct(stat.S_IMODE(ds01.paths.totals.stat().st_mode)) == "0o640"
+
+
+def test_idle_time_is_counted_on_over_processes(ds01: Allocations, textfiles: Path) -> None:
+    idle, ledger = {"p._.alice": timedelta(hours=2)}, taken(SERVER, alice="0 1:0")
+    for minute in (0, 1, 2):
+        now = NOW + minute * MINUTE
+        assert publishing.publish(at(now), seen(ledger, now, idle=idle), run(now)) == []
+    told = read(textfiles)
+    assert told["container_idle_seconds"] == {"container=p._.alice user=alice": 7200}
+    assert told["idle_device_seconds_total"] == {"user=alice": 240}
+
+
+def test_what_was_counted_before_there_was_idle_time_is_kept(ds01: Allocations, textfiles: Path) -> None:
+    publishing.publish(ds01, seen(taken(SERVER, alice="0"), NOW), run())
+    publishing.publish(at(NOW + MINUTE), seen(taken(SERVER, alice="0"), NOW + MINUTE), run())
+    saved = json.loads(ds01.paths.totals.read_bytes())
+    del saved["idle"]
+    ds01.paths.totals.write_text(json.dumps(saved), encoding="utf-8")
+    publishing.publish(at(NOW + MINUTE), seen(taken(SERVER, alice="0"), NOW + MINUTE), run())
+    assert read(textfiles)["allocated_device_seconds_total"] == {"status=active user=alice": 60}
 
 
 def test_nothing_is_written_that_nobody_asked_for(host: Host) -> None:

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ds01 import memory, names, nvml, processes, reconcile, systemd_slices, usage
+from ds01 import memory, names, nvml, processes, publishing, reconcile, systemd_slices, usage
 from ds01.allocations import Allocations
 from ds01.drift import Action
 from ds01.errors import Ds01Error
 from ds01.occupancy import Program
+from ds01.policies import Run, State
+from ds01.policy_state import PolicyStore
 from ds01.reconcile import Reconciled
 from support import Host
 from test_allocations_cases import Stage, damage, lose
@@ -790,6 +792,27 @@ def test_a_log_that_cannot_be_written_is_told_and_keeps_nobody_from_work(server:
 
 def _refuses(*_: Any) -> None:
     raise Ds01Error("permission_denied", "The disk is full.")
+
+
+# --- idle containers in the metrics
+
+
+@pytest.mark.parametrize(
+    ("run", "box", "known"),
+    [
+        ({}, "p._.alice", True),
+        ({"streak": 0}, "p._.alice", False),
+        ({"boot_id": "before"}, "p._.alice", False),
+        ({}, "q._.bob", False),
+    ],
+    ids=["idle", "in use, or not known", "of another boot", "stopped"],
+)
+def test_the_metrics_know_what_the_policies_saw(run: dict[str, Any], box: str, known: bool, server: Server) -> None:
+    seen = {"boot_id": processes.boot_id(), "seen": MINUTE, "idle": HOUR, "streak": 5, **run}
+    paths = server.ds01.paths
+    PolicyStore(paths.policy_state).write({server.world.boxes[box].id: State(run=Run(**seen))})
+    assert publishing.look(server.ds01).idle == ({box: HOUR} if known else {})
+    paths.policy_state.unlink()
 
 
 # --- use without DS01

@@ -293,6 +293,7 @@ def _cmd_emergency_stop(args: argparse.Namespace, ds01: Allocations) -> int:
         _print_json(report.result())
     else:
         print(report.summary())
+    _warn(report)
     for problem in report.problems:
         _complain("not stopped", problem)
     return EXIT_REFUSED if report.problems else EXIT_OK

@@ -6,9 +6,12 @@ it looks, ends, gives back, and looks again, so that what was started meanwhile 
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from . import accounts, claims, engine, names, stopping
@@ -22,6 +25,7 @@ TIMEOUT = 5
 """Seconds between asking a container to stop and killing it."""
 
 _ROUNDS = 3
+_DEV = Path("/dev")
 _GPU = re.compile(r"\d+([.:]\d+)?|(GPU|MIG)-[0-9A-Za-z/-]+")
 
 
@@ -47,7 +51,8 @@ class Target:
 @dataclass
 class Report:
     """What was ended and given back, who still waits for devices, and which running containers carry DS01's labels
-    without being its own (renamed, or of a committed image) and were left; `foreseen`: what would be."""
+    without being its own (renamed, or of a committed image) and were left; `warnings` where the target may be a slip of
+    the pen; `foreseen`: what would be."""
 
     target: Target
     stopped: list[str] = field(default_factory=list)
@@ -55,6 +60,7 @@ class Report:
     waiting: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     foreseen: bool = False
 
     @property
@@ -70,6 +76,7 @@ class Report:
             "waiting": self.waiting,
             "left": self.left,
             "problems": self.problems,
+            "warnings": self.warnings,
             "msg": self.summary(),
         }
 
@@ -92,12 +99,18 @@ class Report:
 @dataclass(frozen=True)
 class _Sight:
     """What the target means now: containers that run, allocations (held and pending ones too), who waits, and what only
-    looks as if it were DS01's."""
+    looks as if it were DS01's. `ledger` and `users` (of the engine's containers) are what anybody could be meant of."""
 
     running: Sequence[Container]
     allocations: Mapping[str, Allocation]
     waiting: Sequence[Waiter]
     left: Sequence[Container]
+    ledger: Ledger
+    users: Collection[str]
+
+    @property
+    def empty(self) -> bool:
+        return not (self.running or self.allocations or self.waiting or self.left)
 
 
 def target(user: str | None = None, gpu: str | None = None) -> Target:
@@ -118,6 +131,7 @@ def foresee(ds01: Allocations, what: Target) -> Report:
         released={name: allocation.gpu_id for name, allocation in seen.allocations.items()},
         waiting=[_waiter(waiter) for waiter in seen.waiting],
         left=[container.name for container in seen.left],
+        warnings=_doubts(ds01, what, seen),
         foreseen=True,
     )
 
@@ -134,6 +148,7 @@ def stop(ds01: Allocations, what: Target, timeout: int = TIMEOUT) -> Report:
         report.waiting = [_waiter(waiter) for waiter in seen.waiting]
         report.left = [container.name for container in seen.left]
         if not seen.running and not seen.allocations:
+            report.warnings = [] if attempt else _doubts(ds01, what, seen)
             return report
         if not attempt:
             message = f"Emergency stop of {what}."
@@ -150,8 +165,8 @@ def stop(ds01: Allocations, what: Target, timeout: int = TIMEOUT) -> Report:
 
 
 def _look(ds01: Allocations, what: Target) -> _Sight:
-    now = _ledger(ds01)
-    running = [c for c in ds01.engine.containers() if c.status in engine.RUNNING and what.names_user(c.user)]
+    now, containers = _ledger(ds01), ds01.engine.containers()
+    running = [c for c in containers if c.status in engine.RUNNING and what.names_user(c.user)]
     concerned = [c for c in running if what.names_devices(_devices(ds01, c, now))]
     return _Sight(
         running=[c for c in concerned if c.own],
@@ -162,7 +177,47 @@ def _look(ds01: Allocations, what: Target) -> _Sight:
             if what.names_user(allocation.user) and what.names_devices(allocation.devices)
         },
         waiting=[waiter for waiter in now.queue if what.gpu is None and what.names_user(waiter.request.user)],
+        ledger=now,
+        users={container.user for container in containers},
     )
+
+
+def _doubts(ds01: Allocations, what: Target, seen: _Sight) -> list[str]:
+    """What to say where nothing here has the name of what is to be stopped: no error, for of several servers not every
+    one knows everybody. The driver is not asked: it may be why somebody stops everything."""
+    if not seen.empty:
+        return []
+    if what.user is not None and accounts.lookup(what.user) is None:
+        having = {*seen.users, *(allocation.user for allocation in seen.ledger.allocations.values())} - {""}
+        near = difflib.get_close_matches(what.user, having, n=1)
+        doubt = f"Nobody is called {what.user} here: neither host, ledger nor engine know that name."
+        return [f"{doubt} Did you mean {near[0]}?" if near else doubt]
+    if what.gpu is not None:
+        there = _gpus(ds01, seen.ledger)
+        near = difflib.get_close_matches(what.gpu, there, n=1, cutoff=0.9) or sorted(filter(_is_id, there), key=_place)
+        if what.gpu not in there:
+            named = f"There is {', '.join(near)}." if near else "No GPU is to be seen here."
+            return [f"GPU {what.gpu} is in neither the ledger, NVIDIA's CDI spec nor /dev. {named}"]
+    return []
+
+
+def _gpus(ds01: Allocations, now: Ledger) -> set[str]:
+    """All that a GPU or a MIG device of this host may be called, as far as that can be told without the driver."""
+    found = {word for a in now.allocations.values() for device in a.devices for word in _words(device)}
+    with contextlib.suppress(Ds01Error):
+        spec = ds01.cdi.nvidia_spec() or {}
+        named = [str(device.get("name")) for device in spec.get("devices", ())]
+        found.update(word for name in named for word in (name, name.partition(":")[0]))
+    nodes = sum(re.fullmatch(r"nvidia\d+", node.name) is not None for node in _DEV.glob("nvidia*"))
+    return found | set(map(str, range(nodes)))
+
+
+def _is_id(word: str) -> bool:
+    return word[:1].isdecimal()
+
+
+def _place(gpu: str) -> list[int]:
+    return [int(part) for part in gpu.split(":")]
 
 
 def _ledger(ds01: Allocations) -> Ledger:

@@ -58,12 +58,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Totals:
-    """What was counted since the beginning: events by name, refusals by reason, and device-seconds by user and
-    status of the allocation, up to `counted_until`; the last run of reconcile, and when one was last all right."""
+    """What was counted since the beginning: events by name, refusals by reason, and up to `counted_until`
+    device-seconds by user and status of the allocation, and by user those of running containers that used nothing
+    (`idle`); the last run of reconcile, and when one was last all right."""
 
     events: Mapping[str, int] = field(default_factory=dict)
     refusals: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    idle: Mapping[str, float] = field(default_factory=dict)
     counted_until: datetime | None = None
     last_run: Run | None = None
     last_success: datetime | None = None
@@ -75,8 +77,9 @@ class Picture:
     answer, containers where no engine was asked.
 
     `occupied` says by device UUID who uses it; `instances` are the GPU instances of MIG devices by UUID,
-    `hold_ends` when holds end by container, `containers` how many DS01 containers each user has, `limits` those of
-    everybody who has something, `available` which parts of the host answer.
+    `hold_ends` when holds end by container, `idle` how long running containers have shown no use of their devices,
+    `containers` how many DS01 containers each user has, `limits` those of everybody who has something, `available`
+    which parts of the host answer.
     """
 
     now: datetime
@@ -86,6 +89,7 @@ class Picture:
     instances: Mapping[str, int] | None = None
     queue: Sequence[Waiter] = ()
     hold_ends: Mapping[str, datetime] = field(default_factory=dict)
+    idle: Mapping[str, timedelta] = field(default_factory=dict)
     containers: Mapping[str, int] | None = None
     limits: Mapping[str, Limits] = field(default_factory=dict)
     available: Mapping[str, bool] = field(default_factory=dict)
@@ -102,16 +106,19 @@ def with_events(totals: Totals, events: Iterable[Mapping[str, object]]) -> Total
     return replace(totals, events=dict(names), refusals=dict(reasons))
 
 
-def with_time(totals: Totals, ledger: Ledger, now: datetime) -> Totals:
-    """The totals with the time since the last look counted for what is allocated now."""
-    seconds = dict(totals.seconds)
+def with_time(totals: Totals, ledger: Ledger, idle: Mapping[str, timedelta], now: datetime) -> Totals:
+    """The totals with the time since the last look counted for what is allocated now, and of that what running
+    containers were `idle`."""
+    seconds, unused = dict(totals.seconds), dict(totals.idle)
     for allocation in ledger.allocations.values():
         begun = allocation.stopped_at or allocation.pending_since or allocation.allocated_at
         start = max(begun, totals.counted_until or now, now - LONGEST_GAP)
-        key = (allocation.user, allocation.status)
-        spent = max(0.0, (now - start).total_seconds()) * len(allocation.devices)
-        seconds[key] = seconds.get(key, 0.0) + spent
-    return replace(totals, seconds=seconds, counted_until=now)
+        key, passed = (allocation.user, allocation.status), max(0.0, (now - start).total_seconds())
+        seconds[key] = seconds.get(key, 0.0) + passed * len(allocation.devices)
+        if allocation.status == "active" and allocation.container in idle:
+            spent = min(passed, idle[allocation.container].total_seconds()) * len(allocation.devices)
+            unused[allocation.user] = unused.get(allocation.user, 0.0) + spent
+    return replace(totals, seconds=seconds, idle=unused, counted_until=now)
 
 
 def with_run(totals: Totals, run: Run) -> Totals:
@@ -228,6 +235,15 @@ def _ledger(picture: Picture) -> Iterator[Family]:
             if a.container in picture.hold_ends
         ),
     )
+    yield _gauge(
+        "container_idle_seconds",
+        "How long a running container has shown no use of its devices; absent where it is in use or that is not known.",
+        (
+            ({"container": a.container, "user": a.user}, picture.idle[a.container].total_seconds())
+            for a in allocations
+            if a.status == "active" and a.container in picture.idle
+        ),
+    )
     yield _gauge("queue_requests", "Requests that wait for devices.", [({}, len(picture.queue))])
     yield _gauge(
         "queue_waiting_since_timestamp_seconds",
@@ -299,6 +315,11 @@ def _totals(totals: Totals) -> Iterator[Family]:
         "allocated_device_seconds",
         "Time that devices were allocated; held: to a container that was stopped.",
         (({"user": user, "status": status}, spent) for (user, status), spent in sorted(totals.seconds.items())),
+    )
+    yield _counter(
+        "idle_device_seconds",
+        "Time in which running containers showed no use of their devices.",
+        (({"user": user}, spent) for user, spent in sorted(totals.idle.items())),
     )
 
 

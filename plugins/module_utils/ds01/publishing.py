@@ -11,11 +11,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from . import engine, files, limits, metrics, nvml, units
+from . import engine, files, limits, metrics, nvml, processes, units
 from .allocations import Allocations
 from .errors import Ds01Error
 from .event_files import LogFiles, Position
@@ -24,6 +24,7 @@ from .libraries import require
 from .metrics import Family, Picture, Run, Totals
 from .model import Ledger
 from .observation import Observation
+from .policy_state import PolicyStore
 from .transitions import hold_end, resolved
 
 TEXTFILE = "ds01.prom"
@@ -108,10 +109,18 @@ def picture(
         instances=instances,
         queue=queue,
         hold_ends={name: end for name, end in ends.items() if end},
+        idle=_idle(ds01, seen),
         containers=containers,
         limits={user: limits.resolve(ds01.config, user) for user in users},
         available={**available, "events": ds01.events.problem is None and _writable(ds01.events.files)},
     )
+
+
+def _idle(ds01: Allocations, seen: Observation) -> dict[str, timedelta]:
+    """How long running containers had shown no use at the last look of the policies, by name."""
+    states, boot = PolicyStore(ds01.paths.policy_state).read(), processes.boot_id()
+    running = {c.name: states[c.id].run for c in seen.containers if c.status in engine.RUNNING and c.id in states}
+    return {name: run.idle for name, run in running.items() if run and run.streak and run.boot_id == boot}
 
 
 def _writable(log: LogFiles) -> bool:
@@ -211,7 +220,7 @@ def _counted(ds01: Allocations, pictured: Picture) -> tuple[Totals, Position | N
                 found.append(event)
     totals = metrics.with_events(totals, found)
     if pictured.ledger is not None:
-        totals = metrics.with_time(totals, pictured.ledger, pictured.now)
+        totals = metrics.with_time(totals, pictured.ledger, pictured.idle, pictured.now)
     return totals, position
 
 
@@ -221,6 +230,7 @@ def _save(path: Path, totals: Totals, position: Position | None) -> None:
         "events": dict(totals.events),
         "refusals": dict(totals.refusals),
         "seconds": [[user, status, spent] for (user, status), spent in sorted(totals.seconds.items())],
+        "idle": dict(totals.idle),
         "counted_until": _time(totals.counted_until),
         "last_run": run and [_time(run.ended_at), run.seconds, run.ok],
         "last_success": _time(totals.last_success),
@@ -239,6 +249,7 @@ def _saved(path: Path) -> tuple[Totals, Position | None]:
             events={str(name): int(count) for name, count in document["events"].items()},
             refusals={str(name): int(count) for name, count in document["refusals"].items()},
             seconds={(str(user), str(status)): float(spent) for user, status, spent in document["seconds"]},
+            idle={str(user): float(spent) for user, spent in document.get("idle", {}).items()},
             counted_until=_read_time(document["counted_until"]),
             last_run=run and Run(units.parse_time(run[0]), float(run[1]), bool(run[2])),
             last_success=_read_time(document["last_success"]),
