@@ -41,7 +41,8 @@ RETURN = r"""
 actions:
   description:
     - What was done or is to be told, in order, with C(kind), C(subject) (a container, device or slice), C(user) and a
-      sentence (C(msg)).
+      sentence (C(msg)). Kind C(unmanaged.seen) names everybody who uses the device without DS01 (C(by)), each with
+      C(container), or C(pid) and C(program), and C(user).
   returned: success
   type: list
   elements: dict

@@ -33,7 +33,7 @@ INVENTORY = ROOT / "build" / "bench" / "inventory"
 LIBRARY_MOUNTS = 40
 """Driver libraries in NVIDIA's CDI spec. An assumption: a real driver's number differs by version."""
 
-sys.path.insert(0, str(CORE))
+sys.path[:0] = [str(CORE), str(LAB.parent)]
 
 
 def base_env() -> dict[str, str]:
@@ -156,26 +156,49 @@ def lab_engine() -> str:
 
 
 @contextlib.contextmanager
-def containers(engine: str, number: int) -> Iterator[list[str]]:
-    """So many of DS01's containers on the engine, created and never started; their names."""
+def containers(engine: str, number: int, running: int = 0) -> Iterator[list[str]]:
+    """So many of DS01's containers on the engine, without devices; their names. The first `running` of them run, the
+    others were never started: to start one takes far longer than to make it."""
     client = docker.APIClient(base_url=engine, version="auto", timeout=60)
     prefix = f"ds01-bench-{os.getpid()}"
-    image = f"{prefix}:latest"
+    image, image_that_runs = f"{prefix}:latest", f"{prefix}:running"
     owners = [f"user{index % 30}" for index in range(number)]
     names = [f"{prefix}-{index}._.{owner}" for index, owner in enumerate(owners)]
-    say(f"== {number} containers on the engine, created and not started")
+    say(f"== {number} containers on the engine, {running} of them running")
     with contextlib.ExitStack() as stack:
         stack.callback(client.close)
         client.import_image_from_data(_small_archive(), repository=prefix, tag="latest")
         stack.callback(client.remove_image, image, force=True)
-        for name, owner in zip(names, owners, strict=True):
+        if running:
+            client.import_image_from_data(_busybox(), repository=prefix, tag="running")
+            stack.callback(client.remove_image, image_that_runs, force=True)
+        for index, (name, owner) in enumerate(zip(names, owners, strict=True)):
             labels = {**_LABELS, "ds01.user": owner, "ds01.project": name.partition("._.")[0]}
-            client.create_container(image, command=["/none"], name=name, labels=labels)
+            runs = index < running
+            made_of, command = (image_that_runs, _SLEEP) if runs else (image, ["/none"])
+            host = client.create_host_config(network_mode="none")  # of its own, and quickly made
+            client.create_container(made_of, command=command, name=name, labels=labels, host_config=host)
             stack.callback(client.remove_container, name, force=True)
+            if runs:
+                client.start(name)
         yield names
 
 
 _LABELS = {"ds01.managed": "true", "ds01.gpus": "0", "ds01.allocation": ""}
+
+
+_SLEEP = ["/bin/sleep", "1000000"]
+
+
+def _busybox() -> bytes:
+    """The files of the lab's smallest test image: a static busybox."""
+    from ds01_lab import testimages
+
+    _, image = testimages.archives()["minimal.tar"]
+    with tarfile.open(fileobj=io.BytesIO(image)) as archive:
+        layer = archive.extractfile("layer.tar")
+        assert layer
+        return layer.read()
 
 
 def _small_archive() -> bytes:
