@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import timedelta
-from time import process_time
 
 import pytest
 from ds01 import mig
@@ -12,7 +11,7 @@ from ds01.mig import GpuState, Holder, LayoutRefusal, Plan, plan_gpu, plan_place
 from ds01.slotmap import Block, draw
 from ds01.units import format_time
 from mig_support import A100, TABLES, cut, gpu, held, instances, placed
-from support import NOW
+from support import NOW, calls_of
 
 
 def shown(plan: Plan | LayoutRefusal) -> str:
@@ -288,16 +287,12 @@ def eight(model: str) -> list[GpuState]:
 
 
 @pytest.mark.parametrize("model", HARDEST)
-def test_eight_gpus_take_less_than_40_ms(model: str) -> None:
-    """The layouts with the most ways to place them. Of this process alone, for a busy machine is slow, not
-    wrong: half the limit of the design, best of ten."""
+def test_eight_gpus_take_little_work(model: str) -> None:
+    """The layouts with the most ways to place them. A busy machine is slow, not wrong: the time itself (40 ms) is
+    for `make bench` to measure, where 16,000 calls take 3 ms."""
     cuts = dict.fromkeys(range(8), cut(HARDEST[model]))
-    times = []
-    for _ in range(10):
-        begin = process_time()
-        assert not mig.plan(eight(model), cuts).refusals
-        times.append(process_time() - begin)
-    assert min(times) < 0.020
+    assert not mig.plan(eight(model), cuts).refusals
+    assert calls_of(lambda: mig.plan(eight(model), cuts)) < 25_000
 
 
 # --- what is still possible

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import replace
-from time import process_time
 
 import pytest
 from ds01.mig import GpuState, Placed, Plan, plan_placed
 from ds01.on_demand import cut_for
 from mig_support import A100, TABLES, gpu, instances
+from support import calls_of
 from test_mig_exact import Case, Layout, Place, everything
 
 
@@ -220,13 +220,9 @@ def test_several_gpus_against_every_distribution() -> None:
         assert (gone, -runs) == min(sums)
 
 
-def test_eight_gpus_take_less_than_5_ms() -> None:
-    """Seven small ones on each are the most ways there are. Of this process alone, best of ten."""
+@pytest.mark.parametrize(("profile", "count"), [("1g.10gb", 1), ("3g.40gb", 2), ("1g.10gb", 8)])
+def test_eight_gpus_take_little_work(profile: str, count: int) -> None:
+    """Seven small ones on each are the most ways there are. 18,000 calls take 5 ms."""
     gpus: list[GpuState] = [gpu("1g.10gb@6=alice 1g.20gb@0 2g.20gb@2", index=index) for index in range(8)]
-    for profile, count in (("1g.10gb", 1), ("3g.40gb", 2), ("1g.10gb", 8)):
-        times = []
-        for _ in range(10):
-            begin = process_time()
-            assert cut_for(gpus, profile, count)
-            times.append(process_time() - begin)
-        assert min(times) < 0.005, f"{count} x {profile}"
+    assert cut_for(gpus, profile, count)
+    assert calls_of(lambda: cut_for(gpus, profile, count)) < 25_000
