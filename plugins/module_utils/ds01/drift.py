@@ -47,8 +47,8 @@ class Action:
 
     @property
     def container(self) -> ContainerName:
-        """The container that this is about, as it is called: whose account is gone is not looked up anew."""
-        return ContainerName(names.split(self.subject)[0], self.user, self.subject)
+        """The container that this is about."""
+        return names.as_called(self.subject, self.user)
 
     def record(self) -> dict[str, Any]:
         """The action as JSON (`ds01 reconcile --json`, module results)."""

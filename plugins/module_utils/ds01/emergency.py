@@ -254,9 +254,7 @@ def _release(ds01: Allocations, seen: _Sight, report: Report) -> list[str]:
     concerned = {name: allocation.user for name, allocation in seen.allocations.items()}
     # Where the ledger could not be read, it is rebuilt from just these.
     concerned.update({c.name: c.user for c in seen.running if c.gpus})
-    changes = [
-        Change("released", names.ContainerName(names.split(name)[0], user, name)) for name, user in concerned.items()
-    ]
+    changes = [Change("released", names.as_called(name, user)) for name, user in concerned.items()]
     outcomes = ds01.apply(changes) if changes else ()
     report.released.update({o.name.full: o.before.gpu_id for o in outcomes if o.ok and o.changed and o.before})
     return [o.message for o in outcomes if not o.ok and o.reason != "container_running"]

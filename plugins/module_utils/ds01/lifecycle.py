@@ -119,4 +119,4 @@ def _over(allocation: Allocation, why: str) -> Outcome:
 
 
 def _name(allocation: Allocation) -> names.ContainerName:
-    return names.ContainerName(names.split(allocation.container)[0], allocation.user, allocation.container)
+    return names.as_called(allocation.container, allocation.user)

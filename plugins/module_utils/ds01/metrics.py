@@ -218,7 +218,7 @@ def _ledger(picture: Picture) -> Iterator[Family]:
         ),
     )
     if picture.inventory is not None:
-        gone = sum(not picture.inventory.find(d) for a in allocations for d in a.devices)
+        gone = len(ledger.missing(picture.inventory))
         yield _gauge("allocated_devices_missing", "Allocated devices that the driver does not have.", [({}, gone)])
     held = [a for a in allocations if a.stopped_at]
     yield _gauge(

@@ -137,6 +137,11 @@ def split(full_name: str) -> tuple[str, str]:
     return project, user
 
 
+def as_called(full_name: str, user: str) -> ContainerName:
+    """The name of a container that is there: whose account is gone is not looked up anew."""
+    return ContainerName(split(full_name)[0], user, full_name)
+
+
 def escape_slice_part(part: str) -> str:
     """As `systemd-escape` does: `mary-ann` is `mary\\x2dann`, for `-` in a slice name means hierarchy."""
     escaped = []

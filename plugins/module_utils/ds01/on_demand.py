@@ -91,8 +91,7 @@ def _may_cut(gpu: GpuState, profile: str, limits: Limits, situation: placement.S
         r.end > situation.now and any(d in named or d.startswith(f"{gpu.index}:") for d in r.devices)
         for r in situation.reservations
     )
-    recorded = (d for a in situation.ledger.allocations.values() for d in a.devices if d.gpu_uuid == gpu.uuid)
-    missing = (situation.inventory.find(d) is None for d in recorded)
+    missing = (d.gpu_uuid == gpu.uuid for d, _ in situation.missing)
     return not (any(pinned) or any(missing) or placement.bookings(probe, limits, situation))
 
 

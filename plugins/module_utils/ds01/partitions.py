@@ -165,13 +165,12 @@ def _with_missing(gpu: GpuState, inventory: Inventory, who: _Holders) -> GpuStat
     place by now, that is all that can be had."""
     there = {instance.key for instance in gpu.instances if instance.whole}
     found: dict[tuple[str, int], Instance] = {}
-    for allocation in who.ledger.allocations.values():
-        for device in allocation.devices:
-            start, size = device.placement or (0, gpu.table.width)
-            key = (device.profile, start)
-            if device.gpu_uuid == gpu.uuid and inventory.find(device) is None and key not in there:
-                known = found.get(key, Instance(-1, device.profile, start, size, there=False))
-                found[key] = replace(known, holders=(*known.holders, who.by_ledger(allocation)))
+    for device, allocation in who.ledger.missing(inventory):
+        start, size = device.placement or (0, gpu.table.width)
+        key = (device.profile, start)
+        if device.gpu_uuid == gpu.uuid and key not in there:
+            known = found.get(key, Instance(-1, device.profile, start, size, there=False))
+            found[key] = replace(known, holders=(*known.holders, who.by_ledger(allocation)))
     return replace(gpu, missing=tuple(found.values()))
 
 

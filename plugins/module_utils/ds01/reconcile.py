@@ -344,13 +344,8 @@ def _each_aside(ds01: Allocations, run: _Run, look_at: Callable[[ContainerName],
     for container in run.containers(ds01):
         if container.called != container.name:
             with run.stage(container.called):
-                action = look_at(_named(container.called, container.user))
+                action = look_at(names.as_called(container.called, container.user))
                 run.actions += [action] if action else []
-
-
-def _named(container: str, user: str) -> ContainerName:
-    """As it is called: whose account is gone is not looked up anew."""
-    return ContainerName(names.split(container)[0], user, container)
 
 
 def _overdue(ds01: Allocations, run: _Run, clock: Memory) -> list[Action]:
@@ -372,7 +367,7 @@ def _asked(ds01: Allocations, box: Box) -> Box | None:
     now = ds01.engine.container(box.name)
     if not now or now.id != box.id:
         return None
-    put_back_at = Containers(ds01).put_back_at(_named(box.name, box.user), box.id)
+    put_back_at = Containers(ds01).put_back_at(names.as_called(box.name, box.user), box.id)
     return replace(box, status=now.status, finished_at=now.finished_at, put_back_at=put_back_at)
 
 

@@ -225,10 +225,11 @@ def cut_on_demand(
 
 def mend(ds01: Allocations, driver: nvml.Nvml, transaction: Transaction) -> None:
     """Put right what depends on the layout, as a run that was killed leaves it. Raises Ds01Error."""
-    _check_writable(ds01, driver.inventory())
+    inventory = driver.inventory()
+    _check_writable(ds01, inventory)
     spec = ds01.cdi.nvidia_spec() or {}
     known = {device.get("name") for device in spec.get("devices", ())}
-    cut_by_it = {device.gpu_uuid for device in driver.inventory().devices if device.uuid not in known}
+    cut_by_it = {device.gpu_uuid for device in inventory.devices if device.uuid not in known}
     _settle(ds01, driver, transaction, transaction.ledger, (), cut_by_it)
 
 
