@@ -95,7 +95,10 @@ def ward(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pyte
     me = Account("somebody", os.getuid(), os.getgid(), "/", "/bin/sh", "somebody")
     monkeypatch.setattr(accounts, "lookup", lambda _user: me)
     monkeypatch.setattr(telling, "say", lambda _account, text: made.lines.append(text))
-    clock = lambda: policies.Clock(server.world.clock, timedelta(seconds=server.uptime), "boot-1")  # noqa: E731
+
+    def clock() -> policies.Clock:
+        return policies.Clock(server.world.clock, timedelta(seconds=server.uptime), "boot-1")
+
     monkeypatch.setattr(usage, "clock", clock)
     monkeypatch.setattr(usage, "usages", made.usages)
     server.ds01.paths.policy_state.unlink()  # of the real clock
